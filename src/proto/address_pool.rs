@@ -1,0 +1,1 @@
+//! Sticky inner-address leases.

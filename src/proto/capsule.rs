@@ -1,0 +1,1 @@
+//! RFC 9297 capsules.

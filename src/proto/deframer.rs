@@ -1,0 +1,1 @@
+//! Cuts capsules out of the decrypted byte stream.

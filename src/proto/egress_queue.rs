@@ -1,0 +1,1 @@
+//! The queue between TUN and a connection.

@@ -1,0 +1,13 @@
+//! The pure part: no I/O, no clock, no unsafe. Bytes and times come in as arguments, results go out as values.
+#![forbid(unsafe_code)]
+
+pub mod address_pool;
+pub mod capsule;
+pub mod deframer;
+pub mod egress_queue;
+pub mod flow_hash;
+pub mod http;
+pub mod offload;
+pub mod packet;
+pub mod route_table;
+pub mod timer;

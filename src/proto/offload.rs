@@ -1,0 +1,1 @@
+//! virtio_net_hdr: validation and software segmentation.

@@ -1,0 +1,1 @@
+//! Inner address to session to connections.

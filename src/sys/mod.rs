@@ -1,0 +1,11 @@
+//! System calls, netlink and the host's network state; unsafe is fenced here.
+
+pub mod dns;
+pub mod fdpass;
+pub mod netns;
+pub mod nft;
+pub mod route;
+pub mod sandbox;
+pub mod socket;
+pub mod sysctl;
+pub mod tun;

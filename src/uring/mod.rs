@@ -1,0 +1,6 @@
+//! io_uring: a small ring, its feature probe, registered buffers; unsafe is fenced here.
+
+pub mod buffer;
+pub mod probe;
+pub mod ring;
+pub mod token;
