@@ -1,1 +1,450 @@
-//! ring
+//! A worker's ring: typed operations in, typed completions out.
+//!
+//! Files are registered (a [`FileSlot`] names one) and packet memory is registered when RLIMIT_MEMLOCK allows it;
+//! else the same operations run on plain addresses. A full submission queue is submitted on the way, so no
+//! operation is ever lost.
+#![expect(
+    unsafe_code,
+    reason = "submission entries carry raw addresses whose validity the kernel takes on trust"
+)]
+
+use super::buffer::{Buffer, InFlight, Piece, Pool};
+use super::probe::{self, RingError, SetUp};
+use super::token::Token;
+use io_uring::{IoUring, opcode, squeue, types};
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+/// Submission entries; a fuller turn is submitted in several calls.
+const SUBMISSIONS: u32 = 1024;
+/// Completion entries: more than can be in flight, see `worker::event_loop`.
+const COMPLETIONS: u32 = 8192;
+
+/// Index of a registered file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileSlot(pub u32);
+
+/// One finished operation.
+#[derive(Debug)]
+pub struct Completion {
+    /// What was submitted.
+    pub token: Token,
+    /// Bytes, or a negative errno.
+    result: i32,
+}
+
+impl Completion {
+    /// Bytes done, or the error.
+    pub fn result(&self) -> Result<usize, nix::errno::Errno> {
+        if self.result < 0 {
+            Err(nix::errno::Errno::from_raw(-self.result))
+        } else {
+            Ok(self.result as usize)
+        }
+    }
+}
+
+/// What a read may do when nothing is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenDry {
+    /// Wait in the kernel until something is.
+    Wait,
+    /// Fail with EAGAIN at once (RWF_NOWAIT).
+    Fail,
+}
+
+/// The ring and what is registered with it.
+pub struct Ring {
+    ring: IoUring,
+    set_up: SetUp,
+    files: u32,
+    buffers_registered: bool,
+    /// Storage of the tick's time; the kernel reads it at submission.
+    tick: Box<types::Timespec>,
+    /// Where reads of the eventfd land; never looked at.
+    wake_count: Box<u64>,
+}
+
+/// What is written to an eventfd to wake its owner.
+static WAKE: u64 = 1;
+
+impl Ring {
+    /// A ring for the calling thread, with room for `files` registered files.
+    ///
+    /// # Errors
+    /// A kernel or container that has no io_uring or denies it, or that lacks an operation of 5.10's.
+    pub fn new(files: u32) -> Result<Self, RingError> {
+        let (ring, set_up) = probe::build(SUBMISSIONS, COMPLETIONS)?;
+        probe::check_operations(&ring)?;
+        ring.submitter()
+            .register_files(&vec![-1; files as usize])
+            .map_err(RingError::RegisterFiles)?;
+        Ok(Self {
+            ring,
+            set_up,
+            files,
+            buffers_registered: false,
+            tick: Box::new(types::Timespec::new()),
+            wake_count: Box::new(0),
+        })
+    }
+
+    /// How the ring was set up.
+    pub fn set_up(&self) -> SetUp {
+        self.set_up
+    }
+
+    /// Registers the pool's memory. `false`: RLIMIT_MEMLOCK does not allow it; the ring then uses plain addresses.
+    ///
+    /// # Errors
+    /// Anything else that the kernel says.
+    pub fn register_pool(&mut self, pool: &Pool) -> io::Result<bool> {
+        let (base, bytes) = pool.raw();
+        let vector = libc::iovec {
+            iov_base: base.cast(),
+            iov_len: bytes,
+        };
+        // SAFETY: the vector describes the pool's own mapping, which stays mapped while anything of it is in use
+        // (`Pool::unmap`); registered pages are pinned by the kernel besides.
+        match unsafe { self.ring.submitter().register_buffers(&[vector]) } {
+            Ok(()) => {
+                self.buffers_registered = true;
+                Ok(true)
+            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::EPERM)) => {
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts a file into a slot of the table. The table holds its own reference.
+    ///
+    /// # Errors
+    /// A slot out of range, or what the kernel says.
+    pub fn register_file(&mut self, slot: FileSlot, file: BorrowedFd<'_>) -> io::Result<()> {
+        self.update_file(slot, file.as_raw_fd())
+    }
+
+    /// Empties a slot of the table.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn unregister_file(&mut self, slot: FileSlot) -> io::Result<()> {
+        self.update_file(slot, -1)
+    }
+
+    fn update_file(&mut self, slot: FileSlot, fd: i32) -> io::Result<()> {
+        if slot.0 >= self.files {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
+        self.ring
+            .submitter()
+            .register_files_update(slot.0, &[fd])
+            .map(drop)
+    }
+
+    /// Arms one poll for input.
+    pub fn poll_input(&mut self, file: FileSlot, token: Token) {
+        let entry = opcode::PollAdd::new(types::Fixed(file.0), libc::POLLIN as u32).build();
+        self.push(entry, token);
+    }
+
+    /// Reads into `range` of the buffer, which must lie behind its frozen part.
+    pub fn read(
+        &mut self,
+        file: FileSlot,
+        buffer: Buffer,
+        range: Range<usize>,
+        when_dry: WhenDry,
+        token: Token,
+    ) -> InFlight {
+        let (address, bytes) = buffer.raw(&range);
+        let flags = match when_dry {
+            WhenDry::Wait => 0,
+            WhenDry::Fail => libc::RWF_NOWAIT,
+        };
+        let file = types::Fixed(file.0);
+        let entry = if self.buffers_registered {
+            opcode::ReadFixed::new(file, address, bytes, 0)
+                .rw_flags(flags)
+                .build()
+        } else {
+            opcode::Read::new(file, address, bytes)
+                .rw_flags(flags)
+                .build()
+        };
+        self.push(entry, token);
+        InFlight::new(buffer, token)
+    }
+
+    /// Writes `range` of the buffer.
+    pub fn write(
+        &mut self,
+        file: FileSlot,
+        buffer: Buffer,
+        range: Range<usize>,
+        token: Token,
+    ) -> InFlight {
+        let (address, bytes) = buffer.raw(&range);
+        self.push_write(file, address, bytes, token);
+        InFlight::new(buffer, token)
+    }
+
+    /// Writes a piece. The caller keeps the piece until the completion is there (a piece's bytes stay frozen as long
+    /// as it was not given back to the pool).
+    pub fn write_piece(&mut self, file: FileSlot, piece: &Piece, token: Token) {
+        let (address, bytes) = piece.raw();
+        self.push_write(file, address, bytes, token);
+    }
+
+    fn push_write(&mut self, file: FileSlot, address: *const u8, bytes: u32, token: Token) {
+        let file = types::Fixed(file.0);
+        let entry = if self.buffers_registered {
+            opcode::WriteFixed::new(file, address, bytes, 0).build()
+        } else {
+            opcode::Write::new(file, address, bytes).build()
+        };
+        self.push(entry, token);
+    }
+
+    /// Cancels the operation that was submitted with `target`.
+    pub fn cancel(&mut self, target: Token, token: Token) {
+        self.push(
+            opcode::AsyncCancel::new(target.to_user_data()).build(),
+            token,
+        );
+    }
+
+    /// Arms a one-shot timer.
+    pub fn tick(&mut self, after: Duration, token: Token) {
+        *self.tick = types::Timespec::new()
+            .sec(after.as_secs())
+            .nsec(after.subsec_nanos());
+        self.push(opcode::Timeout::new(&*self.tick).build(), token);
+    }
+
+    /// Waits for the worker's own eventfd.
+    pub fn wait_for_wake(&mut self, file: FileSlot, token: Token) {
+        let address = (&raw mut *self.wake_count).cast();
+        self.push(
+            opcode::Read::new(types::Fixed(file.0), address, 8).build(),
+            token,
+        );
+    }
+
+    /// Adds one to another worker's eventfd.
+    pub fn wake(&mut self, file: FileSlot, token: Token) {
+        let address = (&raw const WAKE).cast();
+        self.push(
+            opcode::Write::new(types::Fixed(file.0), address, 8).build(),
+            token,
+        );
+    }
+
+    fn push(&mut self, entry: squeue::Entry, token: Token) {
+        let entry = entry.user_data(token.to_user_data());
+        // SAFETY: every caller above passes addresses that outlive the operation: the pool's memory behind
+        // InFlight and Piece, this ring's own boxes, or a static.
+        while unsafe { self.ring.submission().push(&entry) }.is_err() {
+            // Full: let the kernel take what is there. Errors surface at the next wait.
+            if self.ring.submit().is_err() {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Submits everything and waits until at least one operation has completed; appends all that have.
+    ///
+    /// # Errors
+    /// What io_uring_enter says; interruptions are retried.
+    pub fn submit_and_reap(&mut self, completions: &mut Vec<Completion>) -> io::Result<()> {
+        if let Err(error) = self.ring.submit_and_wait(1) {
+            match error.raw_os_error() {
+                // EBUSY and EAGAIN: completions have to be reaped before more is taken.
+                Some(libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
+                _ => return Err(error),
+            }
+        }
+        for entry in self.ring.completion() {
+            if let Some(token) = Token::from_user_data(entry.user_data()) {
+                completions.push(Completion {
+                    token,
+                    result: entry.result(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An eventfd, the bell of a worker.
+///
+/// # Errors
+/// What eventfd(2) says.
+pub fn bell() -> io::Result<OwnedFd> {
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+    let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?;
+    Ok(OwnedFd::from(event))
+}
+
+/// Rings a bell from a thread that has no ring.
+///
+/// # Errors
+/// What write(2) says.
+pub fn ring_bell(bell: BorrowedFd<'_>) -> io::Result<()> {
+    nix::unistd::write(bell, &WAKE.to_ne_bytes())
+        .map(drop)
+        .map_err(Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::buffer::{BUDGET_BYTES_MIN, Class};
+    use super::super::token::Operation;
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    fn reap_one(ring: &mut Ring) -> Completion {
+        let mut completions = Vec::new();
+        while completions.is_empty() {
+            ring.submit_and_reap(&mut completions).unwrap();
+        }
+        assert_eq!(completions.len(), 1);
+        completions.remove(0)
+    }
+
+    fn fixture(registered: bool) -> (Ring, Pool, UnixStream) {
+        let mut ring = Ring::new(4).unwrap();
+        let pool = Pool::new(BUDGET_BYTES_MIN).unwrap();
+        if registered {
+            assert!(ring.register_pool(&pool).unwrap());
+        }
+        let (near, far) = UnixStream::pair().unwrap();
+        ring.register_file(FileSlot(1), near.as_fd()).unwrap();
+        (ring, pool, far)
+    }
+
+    #[rstest::rstest]
+    fn reads_and_writes_move_the_bytes(#[values(true, false)] registered: bool) {
+        let (mut ring, mut pool, mut far) = fixture(registered);
+        let token = Token::new(Operation::ConnectionWrite, 7, 3);
+        let mut buffer = pool.take(Class::Small).unwrap();
+        buffer.append(b"..hello..");
+        let in_flight = ring.write(FileSlot(1), buffer, 2..7, token);
+        let completion = reap_one(&mut ring);
+        assert_eq!(completion.result(), Ok(5));
+        let mut buffer = in_flight.land(&completion);
+        let mut text = [0; 5];
+        far.read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"hello");
+
+        buffer.clear();
+        let token = Token::new(Operation::ConnectionRead, 7, 3);
+        let in_flight = ring.read(FileSlot(1), buffer, 100..200, WhenDry::Wait, token);
+        far.write_all(b"world").unwrap();
+        let completion = reap_one(&mut ring);
+        assert_eq!(completion.result(), Ok(5));
+        let mut buffer = in_flight.land(&completion);
+        buffer.set_filled(105);
+        assert_eq!(&buffer.bytes()[100..], b"world");
+
+        let piece = pool.freeze(&mut buffer, 105, 100..105);
+        ring.write_piece(FileSlot(1), &piece, Token::new(Operation::TunWrite, 0, 0));
+        assert_eq!(reap_one(&mut ring).result(), Ok(5));
+        far.read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"world");
+    }
+
+    #[test]
+    fn a_parked_read_can_be_cancelled_and_its_buffer_lands() {
+        let (mut ring, mut pool, _far) = fixture(true);
+        let buffer = pool.take(Class::Small).unwrap();
+        let token = Token::new(Operation::ConnectionRead, 1, 1);
+        let in_flight = ring.read(FileSlot(1), buffer, 0..10, WhenDry::Wait, token);
+        ring.cancel(token, Token::new(Operation::Cancel, 1, 1));
+        let mut completions = Vec::new();
+        while completions.len() < 2 {
+            ring.submit_and_reap(&mut completions).unwrap();
+        }
+        let read = completions
+            .iter()
+            .find(|completion| completion.token == token)
+            .unwrap();
+        assert!(matches!(
+            read.result(),
+            Err(nix::errno::Errno::ECANCELED | nix::errno::Errno::EINTR)
+        ));
+        pool.release(in_flight.land(read));
+    }
+
+    #[test]
+    #[should_panic(expected = "its own completion only")]
+    fn a_buffer_does_not_land_with_a_foreign_completion() {
+        let (mut ring, mut pool, _far) = fixture(true);
+        let buffer = pool.take(Class::Small).unwrap();
+        let token = Token::new(Operation::ConnectionRead, 1, 1);
+        let in_flight = ring.read(FileSlot(1), buffer, 0..10, WhenDry::Wait, token);
+        ring.tick(Duration::from_millis(1), Token::single(Operation::Tick));
+        let tick = reap_one(&mut ring);
+        in_flight.land(&tick);
+    }
+
+    #[test]
+    fn more_operations_than_submission_entries_all_complete() {
+        let (mut ring, mut pool, mut far) = fixture(true);
+        let mut buffer = pool.take(Class::Small).unwrap();
+        buffer.append(b"x");
+        let piece = pool.freeze(&mut buffer, 1, 0..1);
+        let count = SUBMISSIONS as usize * 2 + 5;
+        let reader = std::thread::spawn(move || {
+            let mut all = vec![0; count];
+            far.read_exact(&mut all).unwrap();
+            all
+        });
+        for index in 0..count {
+            ring.write_piece(
+                FileSlot(1),
+                &piece,
+                Token::new(Operation::TunWrite, index as u32, 0),
+            );
+        }
+        let mut completions = Vec::new();
+        while completions.len() < count {
+            ring.submit_and_reap(&mut completions).unwrap();
+        }
+        assert!(
+            completions
+                .iter()
+                .all(|completion| completion.result() == Ok(1))
+        );
+        assert_eq!(reader.join().unwrap(), vec![b'x'; count]);
+    }
+
+    #[test]
+    fn bells_ring() {
+        let mut ring = Ring::new(4).unwrap();
+        let bell = bell().unwrap();
+        ring.register_file(FileSlot(0), bell.as_fd()).unwrap();
+        ring.wait_for_wake(FileSlot(0), Token::single(Operation::Wake));
+        ring_bell(bell.as_fd()).unwrap();
+        assert_eq!(reap_one(&mut ring).token.operation, Operation::Wake);
+        ring.wait_for_wake(FileSlot(0), Token::single(Operation::Wake));
+        ring.wake(FileSlot(0), Token::single(Operation::WakePeer));
+        let mut completions = Vec::new();
+        while completions.len() < 2 {
+            ring.submit_and_reap(&mut completions).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_file_slot_out_of_range_is_an_error() {
+        let mut ring = Ring::new(2).unwrap();
+        let bell = bell().unwrap();
+        assert!(ring.register_file(FileSlot(2), bell.as_fd()).is_err());
+    }
+}
