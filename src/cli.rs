@@ -1,1 +1,173 @@
-//! cli
+//! The command line: what may be typed, nothing of what it does.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+const ABOUT: &str = "A tunnel through firewalls that let out nothing but TCP 80 and 443.";
+
+const AFTER_HELP: &str = "\
+On the server:   ringtun server
+                 ringtun invite alice --host server.example.org
+On the client:   ringtun client 'ringtun://...'
+
+Both sides need root. Logs go to standard error; RUST_LOG=debug says more.
+Exit codes: 0 asked to stop, 1 failed at run time, 2 bad usage or configuration.";
+
+const CLIENT_HELP: &str = "\
+The invite is a secret. Where others can read this host's process list, give it
+by the environment variable RINGTUN_INVITE, by standard input (INVITE is `-`) or
+by `invite = \"...\"` in the configuration. The command line goes before the
+environment, and that before the configuration.
+
+The tunnel stays up, and reconnects by itself, until Ctrl-C or SIGTERM; then
+routes and resolver are as they were before.";
+
+/// The whole command line.
+#[derive(Debug, Parser)]
+#[command(name = "ringtun", version, about = ABOUT, after_help = AFTER_HELP, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the server, in the foreground
+    Server(ServerArgs),
+    /// Add a peer and print its invite
+    Invite(InviteArgs),
+    /// Connect to a server and route this host's traffic through it, in the foreground
+    #[command(after_help = CLIENT_HELP)]
+    Client(ClientArgs),
+    /// Stop the server and client of this network namespace, or clean up after killed ones
+    Down(DownArgs),
+    /// List the server's peers, or revoke one
+    Peers(PeersArgs),
+    /// The unprivileged half, started by the server and the client
+    #[command(hide = true)]
+    Daemon,
+}
+
+/// Where the server's configuration and state are.
+#[derive(Debug, Default, Args)]
+pub struct StateArgs {
+    /// Configuration file [default: /etc/ringtun/server.toml, where that exists]
+    #[arg(short, long, value_name = "FILE", global = true)]
+    pub config: Option<PathBuf>,
+    /// Where peers, leases and the certificate are kept [default: /var/lib/ringtun]
+    #[arg(long, value_name = "DIR", global = true)]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// `ringtun server`.
+#[derive(Debug, Args)]
+pub struct ServerArgs {
+    /// Configuration and state.
+    #[command(flatten)]
+    pub state: StateArgs,
+    /// Address and port to listen on; may be repeated [default: [::]:443 and [::]:80]
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Vec<SocketAddr>,
+}
+
+/// `ringtun invite`.
+#[derive(Debug, Args)]
+pub struct InviteArgs {
+    /// The new peer's name
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Configuration and state.
+    #[command(flatten)]
+    pub state: StateArgs,
+    /// The name or address that the client is to connect to; an IPv6 address with a port needs brackets
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub host: String,
+}
+
+/// `ringtun client`.
+#[derive(Debug, Args)]
+pub struct ClientArgs {
+    /// Configuration file [default: /etc/ringtun/client.toml, where that exists]
+    #[arg(short, long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The invite that `ringtun invite` printed, or `-` to read it from standard input
+    #[arg(value_name = "INVITE")]
+    pub invite: Option<String>,
+}
+
+/// `ringtun down`.
+#[derive(Debug, Args)]
+pub struct DownArgs {
+    /// Only the one that uses this interface [default: all of this network namespace]
+    #[arg(long, value_name = "NAME")]
+    pub interface: Option<String>,
+}
+
+/// `ringtun peers`.
+#[derive(Debug, Args)]
+pub struct PeersArgs {
+    /// Configuration and state.
+    #[command(flatten)]
+    pub state: StateArgs,
+    /// What to do with them.
+    #[command(subcommand)]
+    pub command: Option<PeersCommand>,
+}
+
+/// `ringtun peers ...`.
+#[derive(Debug, Subcommand)]
+pub enum PeersCommand {
+    /// List the peers (what `ringtun peers` alone does)
+    List,
+    /// Make a peer's invite worthless and end its session
+    Revoke {
+        /// The peer's name
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_the_readme_says_parses() {
+        for line in [
+            "ringtun server",
+            "ringtun server -c f --state-dir d --listen 0.0.0.0:443 --listen [::1]:80",
+            "ringtun invite alice --state-dir d --host 198.51.100.10",
+            "ringtun client ringtun://x",
+            "ringtun client -",
+            "ringtun client",
+            "ringtun down",
+            "ringtun peers --state-dir d",
+            "ringtun peers list",
+            "ringtun peers --state-dir d revoke alice",
+            "ringtun peers revoke alice --state-dir d",
+        ] {
+            Cli::try_parse_from(line.split(' ')).expect(line);
+        }
+    }
+
+    #[test]
+    fn the_daemon_is_not_shown() {
+        assert!(
+            !Cli::command()
+                .render_long_help()
+                .to_string()
+                .contains("daemon")
+        );
+    }
+}

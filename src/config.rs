@@ -1,1 +1,557 @@
-//! config
+//! The two configuration files: TOML, every key optional, unknown keys refused.
+//!
+//! A file is parsed into its struct, the command line is laid over it, and then `validate` is called once.
+//! What passes `validate` needs no further checks.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// Where `ringtun server` looks for its configuration unless `-c` says otherwise.
+pub const SERVER_CONFIG_PATH: &str = "/etc/ringtun/server.toml";
+/// Where `ringtun client` looks for its configuration unless `-c` says otherwise.
+pub const CLIENT_CONFIG_PATH: &str = "/etc/ringtun/client.toml";
+/// The server's state directory unless configured.
+pub const STATE_DIR: &str = "/var/lib/ringtun";
+/// The interface's name unless configured, on both sides.
+pub const INTERFACE: &str = "ringtun0";
+/// The interface's MTU unless configured, on both sides.
+pub const MTU_BYTES: u16 = 1500;
+/// IPv6 does not run over a link with a smaller MTU (RFC 8200, section 5).
+pub const MTU_BYTES_MIN: u16 = 1280;
+/// A TUN device takes no larger MTU.
+pub const MTU_BYTES_MAX: u16 = 65_535;
+/// The kernel's IFNAMSIZ without the final zero.
+pub const INTERFACE_BYTES_MAX: usize = 15;
+/// More addresses to listen on than anyone has.
+pub const LISTENERS_MAX: usize = 32;
+/// Connections of one session, at most.
+pub const CONNECTIONS_MAX: usize = 16;
+/// Worker threads, at most.
+pub const WORKERS_MAX: usize = 64;
+/// Nameservers that fit in one resolv.conf (MAXNS of resolv.h).
+pub const NAMESERVERS_MAX: usize = 3;
+/// The longest IPv4 pool prefix: room for the server itself and two clients.
+pub const POOL_V4_PREFIX_MAX: u8 = 29;
+/// The longest IPv6 pool prefix.
+pub const POOL_V6_PREFIX_MAX: u8 = 120;
+
+/// What is wrong with a configuration, in one line.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is missing although it was asked for, or cannot be read.
+    #[error("cannot read the configuration {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not TOML, or has an unknown key or a value of the wrong type.
+    #[error("{}{}: {reason}", path.display(), line.map(|line| format!(":{line}")).unwrap_or_default())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// The line at fault, counted from one.
+        line: Option<usize>,
+        /// The parser's own words, on one line.
+        reason: String,
+    },
+    /// A value that cannot work.
+    #[error("configuration key `{key}`: {reason}")]
+    Invalid {
+        /// The key at fault.
+        key: &'static str,
+        /// What to write instead.
+        reason: String,
+    },
+}
+
+/// The server's configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerConfig {
+    /// Addresses and ports to listen on. `[::]` takes IPv4 as well.
+    pub listen: Vec<SocketAddr>,
+    /// Where peers, leases, certificate and key are kept.
+    pub state_dir: PathBuf,
+    /// The TUN interface's name.
+    pub interface: String,
+    /// The TUN interface's MTU.
+    pub mtu: u16,
+    /// Inner IPv4 addresses: the first is the server's, the others are leased to peers.
+    pub pool_v4: Ipv4Net,
+    /// Inner IPv6 addresses; unset: an `fd00::/8` prefix made at first start and kept in the state directory.
+    pub pool_v6: Option<Ipv6Net>,
+    /// Nameservers told to clients; unset: the server's own, where clients can reach them; empty: none.
+    pub dns: Option<Vec<IpAddr>>,
+    /// Worker threads and TUN queues; unset: one per core.
+    pub workers: Option<usize>,
+    /// A certificate chain (PEM) to use in place of the generated one. Needs `private_key`.
+    pub certificate: Option<PathBuf>,
+    /// The certificate's private key (PEM).
+    pub private_key: Option<PathBuf>,
+    /// Whether peers may reach each other's inner addresses.
+    pub client_to_client: bool,
+    /// A plain HTTP server that answers everyone who is not a client, `http://HOST:PORT`; unset: the built-in page.
+    pub site: Option<String>,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        ServerConfig {
+            listen: vec![
+                SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 443),
+                SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 80),
+            ],
+            state_dir: STATE_DIR.into(),
+            interface: INTERFACE.into(),
+            mtu: MTU_BYTES,
+            pool_v4: Ipv4Net::new_assert(Ipv4Addr::new(10, 87, 0, 0), 16),
+            pool_v6: None,
+            dns: None,
+            workers: None,
+            certificate: None,
+            private_key: None,
+            client_to_client: false,
+            site: None,
+        }
+    }
+}
+
+impl ServerConfig {
+    /// Reads `path`, or the default path where that exists, or returns the defaults.
+    ///
+    /// # Errors
+    /// [`ConfigError::Read`] and [`ConfigError::Parse`]; values are checked by [`ServerConfig::validate`].
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        load(path, Path::new(SERVER_CONFIG_PATH))
+    }
+
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] with the key and what is wrong.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.listen.is_empty() || self.listen.len() > LISTENERS_MAX {
+            return invalid(
+                "listen",
+                format!("1 to {LISTENERS_MAX} addresses are needed"),
+            );
+        }
+        if let Some(address) = self.listen.iter().find(|address| address.port() == 0) {
+            return invalid("listen", format!("{address} has no port"));
+        }
+        validate_interface(&self.interface)?;
+        validate_mtu(self.mtu)?;
+        if self.pool_v4.prefix_len() > POOL_V4_PREFIX_MAX {
+            return invalid(
+                "pool_v4",
+                format!("the prefix may not be longer than /{POOL_V4_PREFIX_MAX}"),
+            );
+        }
+        if self.pool_v4.trunc() != self.pool_v4 {
+            return invalid(
+                "pool_v4",
+                format!("has host bits set; write {}", self.pool_v4.trunc()),
+            );
+        }
+        if let Some(pool) = self.pool_v6 {
+            if pool.prefix_len() > POOL_V6_PREFIX_MAX {
+                return invalid(
+                    "pool_v6",
+                    format!("the prefix may not be longer than /{POOL_V6_PREFIX_MAX}"),
+                );
+            }
+            if pool.trunc() != pool {
+                return invalid(
+                    "pool_v6",
+                    format!("has host bits set; write {}", pool.trunc()),
+                );
+            }
+        }
+        validate_dns(self.dns.as_deref())?;
+        validate_workers(self.workers)?;
+        match (&self.certificate, &self.private_key) {
+            (Some(_), None) => return invalid("certificate", "needs `private_key` as well"),
+            (None, Some(_)) => return invalid("private_key", "needs `certificate` as well"),
+            _ => {}
+        }
+        if let Some(site) = &self.site {
+            site_authority(site).map_err(|reason| ConfigError::Invalid {
+                key: "site",
+                reason,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// `HOST:PORT` of the site behind this server, if there is one.
+    pub fn site_authority(&self) -> Option<String> {
+        self.site
+            .as_deref()
+            .and_then(|site| site_authority(site).ok())
+    }
+}
+
+/// How the client sends the host's traffic into the tunnel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Routing {
+    /// Two half-default routes per family through the tunnel, and an exception route for the server's address.
+    #[default]
+    SplitDefault,
+}
+
+/// The client's configuration.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ClientConfig {
+    /// The invite, unless it comes from the command line or the environment. A secret.
+    pub invite: Option<String>,
+    /// The TUN interface's name.
+    pub interface: String,
+    /// The TUN interface's MTU.
+    pub mtu: u16,
+    /// TCP connections in the session.
+    pub connections: usize,
+    /// Worker threads and TUN queues; unset: one per core, but no more than connections.
+    pub workers: Option<usize>,
+    /// How traffic gets into the tunnel.
+    pub routing: Routing,
+    /// Nameservers to use while the tunnel is up; unset: the server's; empty: leave the resolver alone.
+    pub dns: Option<Vec<IpAddr>>,
+}
+
+impl Default for ClientConfig {
+    fn default() -> Self {
+        ClientConfig {
+            invite: None,
+            interface: INTERFACE.into(),
+            mtu: MTU_BYTES,
+            connections: 1,
+            workers: None,
+            routing: Routing::default(),
+            dns: None,
+        }
+    }
+}
+
+impl std::fmt::Debug for ClientConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ClientConfig")
+            .field("invite", &self.invite.as_ref().map(|_| "(secret)"))
+            .field("interface", &self.interface)
+            .field("mtu", &self.mtu)
+            .field("connections", &self.connections)
+            .field("workers", &self.workers)
+            .field("routing", &self.routing)
+            .field("dns", &self.dns)
+            .finish()
+    }
+}
+
+impl ClientConfig {
+    /// Reads `path`, or the default path where that exists, or returns the defaults.
+    ///
+    /// # Errors
+    /// [`ConfigError::Read`] and [`ConfigError::Parse`]; values are checked by [`ClientConfig::validate`].
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        load(path, Path::new(CLIENT_CONFIG_PATH))
+    }
+
+    /// Checks every value but the invite, which is parsed by itself.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] with the key and what is wrong.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        validate_interface(&self.interface)?;
+        validate_mtu(self.mtu)?;
+        if self.connections == 0 || self.connections > CONNECTIONS_MAX {
+            return invalid("connections", format!("must be 1 to {CONNECTIONS_MAX}"));
+        }
+        validate_workers(self.workers)?;
+        validate_dns(self.dns.as_deref())
+    }
+
+    /// Workers and TUN queues for a host with `cores` cores: no more than there are connections to serve.
+    pub fn worker_count(&self, cores: usize) -> usize {
+        self.workers
+            .unwrap_or(cores)
+            .min(self.connections)
+            .clamp(1, WORKERS_MAX)
+    }
+}
+
+impl ServerConfig {
+    /// Workers and TUN queues for a host with `cores` cores.
+    pub fn worker_count(&self, cores: usize) -> usize {
+        self.workers.unwrap_or(cores).clamp(1, WORKERS_MAX)
+    }
+}
+
+/// An explicit file must be there; the default one need not be.
+fn load<T: DeserializeOwned + Default>(
+    explicit: Option<&Path>,
+    default: &Path,
+) -> Result<T, ConfigError> {
+    let path = explicit.unwrap_or(default);
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && explicit.is_none() => {
+            return Ok(T::default());
+        }
+        Err(source) => {
+            return Err(ConfigError::Read {
+                path: path.into(),
+                source,
+            });
+        }
+    };
+    parse(path, &text)
+}
+
+fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigError> {
+    toml::from_str(text).map_err(|error| ConfigError::Parse {
+        path: path.into(),
+        line: error
+            .span()
+            .map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1),
+        reason: error
+            .message()
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" "),
+    })
+}
+
+fn invalid<T>(key: &'static str, reason: impl Into<String>) -> Result<T, ConfigError> {
+    Err(ConfigError::Invalid {
+        key,
+        reason: reason.into(),
+    })
+}
+
+/// As the kernel's dev_valid_name, without `%` (which it takes for a template) and the names it keeps for itself.
+fn validate_interface(name: &str) -> Result<(), ConfigError> {
+    let plain = name
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'));
+    if name.is_empty() || name.len() > INTERFACE_BYTES_MAX || !plain {
+        return invalid(
+            "interface",
+            format!(
+                "{name:?} is not a name of 1 to {INTERFACE_BYTES_MAX} letters, digits, `-`, `_` or `.`"
+            ),
+        );
+    }
+    if matches!(name, "." | ".." | "all" | "default" | "lo") {
+        return invalid("interface", format!("{name:?} is taken"));
+    }
+    Ok(())
+}
+
+fn validate_mtu(mtu: u16) -> Result<(), ConfigError> {
+    if mtu < MTU_BYTES_MIN {
+        return invalid("mtu", format!("must be {MTU_BYTES_MIN} to {MTU_BYTES_MAX}"));
+    }
+    Ok(())
+}
+
+fn validate_dns(dns: Option<&[IpAddr]>) -> Result<(), ConfigError> {
+    if dns.is_some_and(|dns| dns.len() > NAMESERVERS_MAX) {
+        return invalid(
+            "dns",
+            format!("at most {NAMESERVERS_MAX} nameservers are used by resolvers"),
+        );
+    }
+    Ok(())
+}
+
+fn validate_workers(workers: Option<usize>) -> Result<(), ConfigError> {
+    if workers.is_some_and(|workers| workers == 0 || workers > WORKERS_MAX) {
+        return invalid("workers", format!("must be 1 to {WORKERS_MAX}"));
+    }
+    Ok(())
+}
+
+/// `HOST:PORT` out of `http://HOST[:PORT][/]`, or what is wrong with it.
+fn site_authority(url: &str) -> Result<String, String> {
+    let form = || format!("{url:?} is not of the form http://HOST:PORT");
+    let authority = url.strip_prefix("http://").ok_or_else(form)?;
+    let authority = authority.strip_suffix('/').unwrap_or(authority);
+    if authority.is_empty()
+        || authority.contains(['/', '?', '#', '@'])
+        || authority.contains(char::is_whitespace)
+    {
+        return Err(form());
+    }
+    let after_address = authority.rfind(']').map_or(0, |end| end + 1);
+    match authority[after_address..].rsplit_once(':') {
+        None => Ok(format!("{authority}:80")),
+        Some((_, port)) if port.parse::<u16>().is_ok_and(|port| port != 0) => Ok(authority.into()),
+        Some(_) => Err(form()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn server(text: &str) -> Result<ServerConfig, ConfigError> {
+        let config: ServerConfig = parse(Path::new("server.toml"), text)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    fn client(text: &str) -> Result<ClientConfig, ConfigError> {
+        let config: ClientConfig = parse(Path::new("client.toml"), text)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    #[test]
+    fn an_empty_file_is_the_default() {
+        assert_eq!(server("").expect("valid"), ServerConfig::default());
+        assert_eq!(client("").expect("valid"), ClientConfig::default());
+    }
+
+    #[test]
+    fn every_server_key_is_read() {
+        let config = server(
+            r#"
+            listen = ["0.0.0.0:8443", "[2001:db8::1]:80"]
+            state_dir = "/srv/ringtun"
+            interface = "rt1"
+            mtu = 1400
+            pool_v4 = "10.9.0.0/24"
+            pool_v6 = "fd09::/64"
+            dns = ["9.9.9.9"]
+            workers = 3
+            certificate = "/c.pem"
+            private_key = "/k.pem"
+            client_to_client = true
+            site = "http://127.0.0.1:8080"
+            "#,
+        )
+        .expect("valid");
+        assert_eq!(
+            config.listen[1],
+            "[2001:db8::1]:80".parse().expect("address")
+        );
+        assert_eq!(config.mtu, 1400);
+        assert_eq!(config.worker_count(64), 3);
+        assert_eq!(config.site_authority().as_deref(), Some("127.0.0.1:8080"));
+        assert!(config.client_to_client);
+    }
+
+    #[test]
+    fn every_client_key_is_read() {
+        let config = client(
+            r#"
+            invite = "ringtun://x"
+            interface = "rt1"
+            mtu = 1280
+            connections = 4
+            workers = 8
+            routing = "split-default"
+            dns = []
+            "#,
+        )
+        .expect("valid");
+        assert_eq!(config.connections, 4);
+        assert_eq!(config.worker_count(64), 4);
+        assert_eq!(config.dns, Some(vec![]));
+        assert!(!format!("{config:?}").contains("ringtun://x"));
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_its_line() {
+        let error = server("mtu = 1400\nlisten_on = 3\n")
+            .expect_err("unknown key")
+            .to_string();
+        assert!(error.starts_with("server.toml:2: "), "{error}");
+        assert!(error.contains("listen_on"), "{error}");
+        assert!(!error.contains('\n'), "{error}");
+    }
+
+    #[test]
+    fn unusable_values_name_their_key() {
+        for (text, key) in [
+            ("listen = []", "listen"),
+            ("listen = [\"0.0.0.0:0\"]", "listen"),
+            ("interface = \"\"", "interface"),
+            ("interface = \"sixteen-letters-\"", "interface"),
+            ("interface = \"a/b\"", "interface"),
+            ("interface = \"lo\"", "interface"),
+            ("mtu = 1279", "mtu"),
+            ("pool_v4 = \"10.0.0.0/30\"", "pool_v4"),
+            ("pool_v4 = \"10.0.0.1/24\"", "pool_v4"),
+            ("pool_v6 = \"fd00::/121\"", "pool_v6"),
+            ("pool_v6 = \"fd00::1/64\"", "pool_v6"),
+            (
+                "dns = [\"1.1.1.1\", \"1.1.1.2\", \"1.1.1.3\", \"1.1.1.4\"]",
+                "dns",
+            ),
+            ("workers = 0", "workers"),
+            ("certificate = \"/c.pem\"", "certificate"),
+            ("private_key = \"/k.pem\"", "private_key"),
+            ("site = \"https://example.org\"", "site"),
+            ("site = \"http://example.org/path\"", "site"),
+            ("site = \"http://example.org:0\"", "site"),
+        ] {
+            let error = server(text).expect_err(text).to_string();
+            assert!(error.contains(&format!("`{key}`")), "{text}: {error}");
+            assert!(!error.contains('\n'), "{text}: {error}");
+        }
+        for (text, key) in [
+            ("connections = 0", "connections"),
+            ("connections = 17", "connections"),
+        ] {
+            let error = client(text).expect_err(text).to_string();
+            assert!(error.contains(&format!("`{key}`")), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn site_addresses_get_a_port() {
+        for (url, authority) in [
+            ("http://example.org", "example.org:80"),
+            ("http://example.org:8080/", "example.org:8080"),
+            ("http://[::1]", "[::1]:80"),
+            ("http://[::1]:8080", "[::1]:8080"),
+        ] {
+            assert_eq!(site_authority(url).as_deref(), Ok(authority));
+        }
+    }
+
+    #[test]
+    fn only_an_explicit_file_must_exist() {
+        let missing = Path::new("/nonexistent/ringtun.toml");
+        assert_eq!(
+            load::<ServerConfig>(None, missing).expect("defaults"),
+            ServerConfig::default()
+        );
+        assert!(matches!(
+            load::<ServerConfig>(Some(missing), missing),
+            Err(ConfigError::Read { .. })
+        ));
+    }
+
+    #[test]
+    fn configurations_survive_the_way_to_the_daemon() {
+        let config = ServerConfig {
+            dns: Some(vec![]),
+            ..ServerConfig::default()
+        };
+        let text = serde_json::to_string(&config).expect("serialised");
+        assert_eq!(
+            serde_json::from_str::<ServerConfig>(&text).expect("parsed"),
+            config
+        );
+    }
+}
