@@ -1,0 +1,230 @@
+//! The only place that knows tokio-uring: start the runtime, accept, read, write.
+//!
+//! tokio-uring owns a buffer for as long as an operation on it is in flight, and dropping the future does not end the
+//! operation: it would go on holding the socket. So whoever gives up on a [`Stream`] shuts the socket down, which
+//! completes whatever is in flight; dropping a [`Stream`] does just that.
+
+use std::future::Future;
+use std::io;
+use std::net::{Shutdown, SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout_at};
+use tokio_uring::net::{TcpListener as RingListener, TcpStream as RingStream};
+
+use crate::sys::descriptor::duplicate;
+
+/// Bytes asked for by one read: a whole TLS record and its header.
+pub const READ_BYTES: usize = 17 * 1024;
+
+/// Submission queue entries of the control ring.
+const RING_ENTRIES: u32 = 256;
+
+/// Runs `main` on a tokio-uring runtime on this thread.
+///
+/// The runtime is never torn down: a ring waits for its operations when it is dropped, and an accept may stay in
+/// flight forever. The process is expected to end afterwards.
+///
+/// # Errors
+/// What io_uring_setup said, when the kernel or a container refuses it.
+pub fn run<F: Future>(main: F) -> io::Result<F::Output> {
+    let mut builder = tokio_uring::builder();
+    builder.entries(RING_ENTRIES);
+    let runtime = std::mem::ManuallyDrop::new(tokio_uring::Runtime::new(&builder)?);
+    Ok(runtime.block_on(main))
+}
+
+/// Runs a task on this thread's runtime, for as long as it takes.
+pub fn spawn(task: impl Future<Output = ()> + 'static) {
+    tokio_uring::spawn(task);
+}
+
+/// A listening socket.
+pub struct Listener {
+    ring: RingListener,
+}
+
+impl Listener {
+    /// Takes over a socket that is bound and listening.
+    ///
+    /// # Errors
+    /// What fcntl said.
+    pub fn new(socket: OwnedFd) -> io::Result<Self> {
+        let socket = TcpListener::from(socket);
+        // A ring waits for a blocking socket by itself; a non-blocking one gives EAGAIN on old kernels.
+        socket.set_nonblocking(false)?;
+        Ok(Listener {
+            ring: RingListener::from_std(socket),
+        })
+    }
+
+    /// The next connection and where it comes from.
+    ///
+    /// # Errors
+    /// What accept(2) said; the listener remains usable.
+    pub async fn accept(&self) -> io::Result<(Stream, SocketAddr)> {
+        let (ring, source) = self.ring.accept().await?;
+        Ok((Stream::over(ring), source))
+    }
+}
+
+/// A connected TCP socket in blocking mode, driven by the control ring.
+pub struct Stream {
+    ring: RingStream,
+    /// Given away: the socket must not be shut down.
+    given_away: bool,
+}
+
+impl Stream {
+    /// Takes over a connected socket.
+    ///
+    /// # Errors
+    /// What fcntl said.
+    pub fn new(socket: OwnedFd) -> io::Result<Self> {
+        let socket = std::net::TcpStream::from(socket);
+        socket.set_nonblocking(false)?;
+        Ok(Stream::over(RingStream::from_std(socket)))
+    }
+
+    fn over(ring: RingStream) -> Self {
+        Stream {
+            ring,
+            given_away: false,
+        }
+    }
+
+    /// Appends what has arrived to `buffer`; 0 means that the peer has finished.
+    ///
+    /// # Errors
+    /// The socket's error, or [`io::ErrorKind::TimedOut`] when nothing came before `deadline`: give the stream up then.
+    pub async fn read(&self, buffer: &mut Vec<u8>, deadline: Instant) -> io::Result<usize> {
+        let read = self.ring.read(Vec::with_capacity(READ_BYTES));
+        let (bytes, chunk) = timeout_at(deadline, read)
+            .await
+            .map_err(|_| io::ErrorKind::TimedOut)?;
+        let bytes = bytes?;
+        buffer.extend_from_slice(&chunk[..bytes]);
+        Ok(bytes)
+    }
+
+    /// Writes all of `bytes`.
+    ///
+    /// # Errors
+    /// The socket's error, or [`io::ErrorKind::TimedOut`] when the peer did not take it before `deadline`: give the
+    /// stream up then.
+    pub async fn write(&self, bytes: Vec<u8>, deadline: Instant) -> io::Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let write = self.ring.write_all(bytes);
+        let (written, _) = timeout_at(deadline, write)
+            .await
+            .map_err(|_| io::ErrorKind::TimedOut)?;
+        written
+    }
+
+    /// Says that nothing more will be written, and waits a little for the peer to finish too, so that what is still
+    /// on its way to the peer is not cut off by a reset.
+    pub async fn finish(self, linger: Duration) {
+        if self.ring.shutdown(Shutdown::Write).is_err() {
+            return;
+        }
+        let deadline = Instant::now() + linger;
+        let mut ignored = Vec::new();
+        while matches!(self.read(&mut ignored, deadline).await, Ok(1..)) {
+            ignored.clear();
+        }
+    }
+
+    /// Another descriptor of the socket, for what needs one. The socket is the same.
+    ///
+    /// # Errors
+    /// EMFILE.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        duplicate(&self.ring)
+    }
+
+    /// Gives the socket away, still connected, in blocking mode.
+    ///
+    /// No read or write may have been given up before.
+    ///
+    /// # Errors
+    /// EMFILE; then the connection is lost.
+    pub fn into_socket(mut self) -> io::Result<OwnedFd> {
+        let socket = duplicate(&self.ring)?;
+        self.given_away = true;
+        Ok(socket)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if !self.given_away {
+            // Ends an operation that may be in flight. One that the peer has ended already has nothing to shut down.
+            let _ = self.ring.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{Ipv4Addr, TcpStream};
+
+    use super::*;
+
+    /// A stream of the runtime and the other end of it.
+    async fn pair() -> (Stream, TcpStream) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bound");
+        let address = listener.local_addr().expect("address");
+        let listener = Listener::new(listener.into()).expect("listener");
+        let peer = TcpStream::connect(address).expect("connected");
+        let (stream, source) = listener.accept().await.expect("accepted");
+        assert_eq!(source, peer.local_addr().expect("address"));
+        (stream, peer)
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(20)
+    }
+
+    #[test]
+    fn bytes_go_both_ways_and_the_socket_can_be_given_away() {
+        run(async {
+            let (stream, mut peer) = pair().await;
+            peer.write_all(b"ping").expect("written");
+            let mut read = Vec::new();
+            while read.len() < 4 {
+                assert_ne!(stream.read(&mut read, soon()).await.expect("read"), 0);
+            }
+            assert_eq!(read, b"ping");
+            stream
+                .write(b"pong".to_vec(), soon())
+                .await
+                .expect("written");
+            let mut socket = TcpStream::from(stream.into_socket().expect("given away"));
+            socket.write_all(b"!").expect("still open");
+            drop(socket);
+            let mut text = String::new();
+            peer.read_to_string(&mut text).expect("read");
+            assert_eq!(text, "pong!");
+        })
+        .expect("io_uring");
+    }
+
+    #[test]
+    fn a_read_that_was_given_up_lets_go_of_the_socket() {
+        run(async {
+            let (stream, mut peer) = pair().await;
+            let error = stream
+                .read(&mut Vec::new(), Instant::now())
+                .await
+                .expect_err("nothing was sent");
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            drop(stream);
+            assert_eq!(peer.read(&mut [0]).expect("end"), 0);
+        })
+        .expect("io_uring");
+    }
+}
