@@ -1,1 +1,30 @@
-//! lab
+//! Labs of Linux network namespaces: hosts, links, a firewall, and the processes that run there.
+//!
+//! [`Lab::build`] makes one in a fraction of a second; nothing of it touches the machine's own network or
+//! files, labs run side by side, and all of it is gone when the value is dropped or its process dies.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use ringtun_lab::{Lab, Topology, topology::SERVER_V4};
+//!
+//! let lab = Lab::build(Topology::Nat)?;
+//! let server = lab.host("server").spawn("nc", ["-lk", "443"])?;
+//! lab.host("client").exec("nc", ["-zw1", &SERVER_V4.to_string(), "443"])?;
+//! server.stop(Duration::from_secs(1))?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Where to read: [`topology`] (what there is), [`host`] and [`process`] (what a test does with it),
+//! [`probe`] (who reaches whom), [`firewall`], [`link`] and [`netns`] (how it is made).
+
+pub mod firewall;
+pub mod host;
+pub mod link;
+pub mod netns;
+pub mod probe;
+pub mod process;
+pub mod topology;
+
+pub use host::{Host, Ping};
+pub use process::{Output, Process};
+pub use topology::{Lab, LabError, Topology};

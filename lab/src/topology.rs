@@ -1,0 +1,302 @@
+//! The lab itself: hosts, links, addresses and services.
+//!
+//! ```text
+//!   client  192.168.77.2 ─┐                                             ┌─ server 198.51.100.10
+//!             fd77::2     ├─ firewall ──────── 192.0.2.0/24 ── internet ┤         2001:db8:51::10
+//!   client2 192.168.77.3 ─┘  192.168.77.1      2001:db8:2::/64          └─ web    203.0.113.80
+//!             fd77::3        192.0.2.2                                            2001:db8:113::80
+//! ```
+//!
+//! The firewall masquerades both families. `server` has the machine's usual Linux defaults: it forwards
+//! nothing until somebody tells it to. `web` answers with the source address that it sees on
+//! [`WEB_TCP_PORTS`] and [`WEB_UDP_PORTS`], and runs iperf3 on [`WEB_IPERF_PORT`], which the firewall blocks,
+//! and on port 443 of [`WEB_SPEED_V4`], which it lets through.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::firewall::{self, Policy};
+use crate::host::Host;
+use crate::link::{self, End, LinkError};
+use crate::netns::{Namespace, NamespaceError, ProcessTree};
+use crate::probe::{Responder, ResponderError};
+use crate::process::{Process, ProcessError};
+
+/// `client`, on the LAN.
+pub const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 2);
+/// `client`, on the LAN.
+pub const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2);
+/// `client2`, on the LAN.
+pub const CLIENT2_V4: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 3);
+/// `client2`, on the LAN.
+pub const CLIENT2_V6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 3);
+/// `firewall` as the LAN sees it: its default gateway.
+pub const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 1);
+/// `firewall` as the LAN sees it: its default gateway.
+pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1);
+/// `firewall` as the internet sees it, and with it the clients.
+pub const FIREWALL_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+/// `firewall` as the internet sees it, and with it the clients.
+pub const FIREWALL_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 2);
+/// `server`.
+pub const SERVER_V4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 10);
+/// `server`.
+pub const SERVER_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x51, 0, 0, 0, 0, 0x10);
+/// `web`.
+pub const WEB_V4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 80);
+/// `web`.
+pub const WEB_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x113, 0, 0, 0, 0, 0x80);
+/// `web`'s second address, on whose port 443 iperf3 can be reached through the firewall.
+pub const WEB_SPEED_V4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 81);
+/// `web`'s TCP ports that answer with the source address.
+pub const WEB_TCP_PORTS: [u16; 5] = [22, 80, 443, 1194, 8080];
+/// `web`'s UDP ports that answer with the source address.
+pub const WEB_UDP_PORTS: [u16; 4] = [53, 443, 1194, 51820];
+/// `web`'s iperf3, on every address.
+pub const WEB_IPERF_PORT: u16 = 5201;
+
+const INTERNET_TO_FIREWALL: [IpNet; 2] = [
+    v4([192, 0, 2, 1], 24),
+    v6([0x2001, 0xdb8, 2, 0, 0, 0, 0, 1]),
+];
+const INTERNET_TO_SERVER: [IpNet; 2] = [
+    v4([198, 51, 100, 1], 24),
+    v6([0x2001, 0xdb8, 0x51, 0, 0, 0, 0, 1]),
+];
+const INTERNET_TO_WEB: [IpNet; 2] = [
+    v4([203, 0, 113, 1], 24),
+    v6([0x2001, 0xdb8, 0x113, 0, 0, 0, 0, 1]),
+];
+const PREFIX_V6: u8 = 64;
+/// How long a program of the lab's own may take to be ready.
+const READY: Duration = Duration::from_secs(10);
+
+/// What stands between the clients and the internet.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum Topology {
+    /// A firewall that lets out TCP 80 and 443 and nothing else.
+    #[default]
+    Nat,
+    /// The same, and what is not TLS on 443 or HTTP on 80 is dropped.
+    Dpi,
+}
+
+/// A running lab. Dropping it ends its processes and removes everything; so does the end of the process that
+/// holds it, however it comes.
+#[derive(Debug)]
+pub struct Lab {
+    // Fields are dropped in this order: services, the process tree with all processes, then the namespaces.
+    _services: Services,
+    _processes: ProcessTree,
+    hosts: Vec<Host>,
+}
+
+#[derive(Debug)]
+struct Services {
+    _responder: Responder,
+    _iperf3: Vec<Process>,
+}
+
+/// Why there is no lab.
+#[derive(Debug, thiserror::Error)]
+pub enum LabError {
+    /// No namespaces, or none that work.
+    #[error("a lab host could not be made")]
+    Namespace(#[from] NamespaceError),
+    /// A link is missing.
+    #[error("the lab's network could not be made")]
+    Link(#[from] LinkError),
+    /// A program failed.
+    #[error("a program that the lab needs failed (ci/setup installs them)")]
+    Process(#[from] ProcessError),
+    /// The web host does not answer.
+    #[error("the web host could not be started")]
+    Responder(#[from] ResponderError),
+}
+
+impl Lab {
+    /// Builds a lab: a fraction of a second.
+    ///
+    /// # Errors
+    /// When the caller is neither root nor root of a user namespace, or a program that the lab needs
+    /// (`mount`, `nft`, `iperf3`) is missing.
+    pub fn build(topology: Topology) -> Result<Lab, LabError> {
+        let processes = ProcessTree::new()?;
+        let host =
+            |name: &str| Namespace::new(&processes).map(|namespace| Host::new(name, namespace));
+        let client = host("client")?;
+        let client2 = host("client2")?;
+        let firewall = host("firewall")?;
+        let internet = host("internet")?;
+        let server = host("server")?;
+        let web = host("web")?;
+
+        for host in [&client, &client2, &firewall, &internet, &server, &web] {
+            link::set_up(host.namespace(), "lo", &[])?;
+        }
+        join((&client, "eth0"), (&firewall, "lan-client"))?;
+        join((&client2, "eth0"), (&firewall, "lan-client2"))?;
+        join((&firewall, firewall::WAN), (&internet, "firewall"))?;
+        join((&server, "eth0"), (&internet, "server"))?;
+        join((&web, "eth0"), (&internet, "web"))?;
+
+        link::bridge(
+            firewall.namespace(),
+            firewall::LAN,
+            &["lan-client", "lan-client2"],
+        )?;
+        link::set_up(
+            firewall.namespace(),
+            firewall::LAN,
+            &subnet(GATEWAY_V4, GATEWAY_V6),
+        )?;
+        link::set_up(internet.namespace(), "firewall", &INTERNET_TO_FIREWALL)?;
+        link::set_up(internet.namespace(), "server", &INTERNET_TO_SERVER)?;
+        link::set_up(internet.namespace(), "web", &INTERNET_TO_WEB)?;
+        let gateway = [GATEWAY_V4.into(), GATEWAY_V6.into()];
+        attach(&client, "eth0", &subnet(CLIENT_V4, CLIENT_V6), gateway)?;
+        attach(&client2, "eth0", &subnet(CLIENT2_V4, CLIENT2_V6), gateway)?;
+        let outside = subnet(FIREWALL_V4, FIREWALL_V6);
+        attach(
+            &firewall,
+            firewall::WAN,
+            &outside,
+            INTERNET_TO_FIREWALL.map(|net| net.addr()),
+        )?;
+        let server_addresses = subnet(SERVER_V4, SERVER_V6);
+        attach(
+            &server,
+            "eth0",
+            &server_addresses,
+            INTERNET_TO_SERVER.map(|net| net.addr()),
+        )?;
+        let mut web_addresses = subnet(WEB_V4, WEB_V6).to_vec();
+        web_addresses.push(v4(WEB_SPEED_V4.octets(), 24));
+        attach(
+            &web,
+            "eth0",
+            &web_addresses,
+            INTERNET_TO_WEB.map(|net| net.addr()),
+        )?;
+
+        for router in [&firewall, &internet] {
+            router.sysctl("net/ipv4/ip_forward", "1")?;
+            router.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+        }
+        firewall::apply(
+            &firewall,
+            match topology {
+                Topology::Nat => Policy::Ports,
+                Topology::Dpi => Policy::Inspection,
+            },
+        )?;
+        for (host, nameserver) in [
+            (&client, GATEWAY_V4),
+            (&client2, GATEWAY_V4),
+            (&server, WEB_V4),
+            (&web, WEB_V4),
+        ] {
+            host.write_file("/etc/resolv.conf", format!("nameserver {nameserver}\n"))?;
+        }
+
+        let services = Services {
+            _responder: Responder::start(
+                &web,
+                &[WEB_V4.into(), WEB_V6.into()],
+                &WEB_TCP_PORTS,
+                &WEB_UDP_PORTS,
+            )?,
+            _iperf3: vec![
+                iperf3(&web, &["-p", &WEB_IPERF_PORT.to_string()])?,
+                iperf3(&web, &["-p", "443", "-B", &WEB_SPEED_V4.to_string()])?,
+            ],
+        };
+        let hosts = vec![client, client2, firewall, internet, server, web];
+        Ok(Lab {
+            _services: services,
+            _processes: processes,
+            hosts,
+        })
+    }
+
+    /// All hosts.
+    #[must_use]
+    pub fn hosts(&self) -> &[Host] {
+        &self.hosts
+    }
+
+    /// A host by its name.
+    ///
+    /// # Panics
+    /// When the topology has no such host.
+    #[must_use]
+    pub fn host(&self, name: &str) -> &Host {
+        let host = self.hosts.iter().find(|host| host.name() == name);
+        host.unwrap_or_else(|| panic!("the lab has no host {name}"))
+    }
+}
+
+fn join((near, near_name): (&Host, &str), (far, far_name): (&Host, &str)) -> Result<(), LinkError> {
+    link::join(
+        End {
+            host: near.namespace(),
+            interface: near_name,
+        },
+        End {
+            host: far.namespace(),
+            interface: far_name,
+        },
+    )
+}
+
+/// Sets up a host's only way out.
+fn attach(
+    host: &Host,
+    interface: &str,
+    addresses: &[IpNet],
+    gateways: [IpAddr; 2],
+) -> Result<(), LinkError> {
+    link::set_up(host.namespace(), interface, addresses)?;
+    for gateway in gateways {
+        let everything: IpAddr = if gateway.is_ipv4() {
+            [0; 4].into()
+        } else {
+            [0; 16].into()
+        };
+        link::route(host.namespace(), IpNet::new_assert(everything, 0), gateway)?;
+    }
+    Ok(())
+}
+
+/// Starts an iperf3 server and waits until it listens.
+fn iperf3(host: &Host, arguments: &[&str]) -> Result<Process, ProcessError> {
+    let server = host
+        .command("iperf3")
+        .args(["-s", "--forceflush"])
+        .args(arguments)
+        .spawn()?;
+    server.wait_for_line("Server listening", READY)?;
+    Ok(server)
+}
+
+fn subnet(v4_address: Ipv4Addr, v6_address: Ipv6Addr) -> [IpNet; 2] {
+    [v4(v4_address.octets(), 24), v6(v6_address.segments())]
+}
+
+const fn v4(address: [u8; 4], prefix: u8) -> IpNet {
+    let [a, b, c, d] = address;
+    IpNet::V4(ipnet::Ipv4Net::new_assert(
+        Ipv4Addr::new(a, b, c, d),
+        prefix,
+    ))
+}
+
+const fn v6(address: [u16; 8]) -> IpNet {
+    let [a, b, c, d, e, f, g, h] = address;
+    IpNet::V6(ipnet::Ipv6Net::new_assert(
+        Ipv6Addr::new(a, b, c, d, e, f, g, h),
+        PREFIX_V6,
+    ))
+}
