@@ -1,1 +1,148 @@
-//! socket
+//! Outer TCP sockets: how they are made and tuned, on both sides.
+#![expect(unsafe_code, reason = "TCP_RTO_MAX_MS has no safe wrapper")]
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+/// How long sent bytes may stay unacknowledged before the kernel gives the connection up.
+pub const USER_TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest pause between retransmissions, where the kernel lets us say (6.15 and newer).
+pub const RTO_MAX_MS: libc::c_int = 1000;
+/// Unsent bytes that the kernel holds before the socket stops being writable: two full super-packets.
+pub const NOTSENT_LOWAT_BYTES: u32 = 128 * 1024;
+/// Connections that may wait for `accept`; the kernel cuts it to `net.core.somaxconn`.
+pub const LISTEN_BACKLOG: i32 = 1024;
+
+/// `include/uapi/linux/tcp.h`.
+const TCP_RTO_MAX_MS: libc::c_int = 44;
+
+/// Why there is no listening socket.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another program has the port.
+    #[error(
+        "port {port} is in use: stop the program that has it (see `ss -ltnp sport = :{port}`) or choose another with `--listen`"
+    )]
+    Busy {
+        /// The port.
+        port: u16,
+    },
+    /// The port is below `net.ipv4.ip_unprivileged_port_start`.
+    #[error("not allowed to listen on port {port}: run as root or with CAP_NET_BIND_SERVICE")]
+    NotPermitted {
+        /// The port.
+        port: u16,
+    },
+    /// This host does not have the address.
+    #[error("cannot listen on {address}: this host does not have that address")]
+    NoSuchAddress {
+        /// The address as configured.
+        address: SocketAddr,
+    },
+    /// Anything else.
+    #[error("cannot listen on {address}")]
+    Failed {
+        /// The address as configured.
+        address: SocketAddr,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A TCP socket for a connection to `server`, tuned, blocking, not connected.
+///
+/// # Errors
+/// The kernel's error, such as an address family that is switched off.
+pub fn outer(server: IpAddr) -> io::Result<OwnedFd> {
+    let domain = if server.is_ipv4() {
+        Domain::IPV4
+    } else {
+        Domain::IPV6
+    };
+    let socket = Socket::new(domain, Type::STREAM.cloexec(), Some(Protocol::TCP))?;
+    tune(socket.as_fd())?;
+    Ok(socket.into())
+}
+
+/// Sets what every outer connection wants, before or after it is connected. Needs no privilege.
+///
+/// Buffer sizes are left to the kernel: setting them ends its own tuning.
+///
+/// # Errors
+/// The kernel's error; an option that is too new for the kernel is no error.
+pub fn tune(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let tcp = SockRef::from(&socket);
+    tcp.set_tcp_nodelay(true)?;
+    tcp.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
+    tcp.set_tcp_notsent_lowat(NOTSENT_LOWAT_BYTES)?;
+    limit_rto(socket);
+    Ok(())
+}
+
+/// A listening socket. An IPv6 wildcard takes IPv4 as well, and becomes the IPv4 wildcard where there is no IPv6.
+///
+/// # Errors
+/// [`ListenError`].
+pub fn listen(address: SocketAddr) -> Result<OwnedFd, ListenError> {
+    let result = match try_listen(address) {
+        Err(error) if address.ip().is_unspecified() && lacks_ipv6(&error) => try_listen(
+            SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port()),
+        ),
+        result => result,
+    };
+    result.map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => ListenError::Busy {
+            port: address.port(),
+        },
+        io::ErrorKind::PermissionDenied => ListenError::NotPermitted {
+            port: address.port(),
+        },
+        io::ErrorKind::AddrNotAvailable => ListenError::NoSuchAddress { address },
+        _ => ListenError::Failed { address, source },
+    })
+}
+
+fn try_listen(address: SocketAddr) -> io::Result<OwnedFd> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM.cloexec(),
+        Some(Protocol::TCP),
+    )?;
+    if address.is_ipv6() {
+        socket.set_only_v6(!address.ip().is_unspecified())?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(LISTEN_BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn lacks_ipv6(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
+    )
+}
+
+fn limit_rto(socket: BorrowedFd<'_>) {
+    // SAFETY: the pointer is to a live int of the length given; the kernel copies it.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            TCP_RTO_MAX_MS,
+            (&raw const RTO_MAX_MS_VALUE).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result != 0 {
+        tracing::trace!("this kernel does not take TCP_RTO_MAX_MS");
+    }
+}
+
+static RTO_MAX_MS_VALUE: libc::c_int = RTO_MAX_MS;

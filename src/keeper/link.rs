@@ -1,0 +1,220 @@
+//! The daemon's end of the socket to its keeper.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot};
+
+use super::request::{
+    FROM_KEEPER_BYTES_MAX, FromKeeper, Notice, Reply, Request, SavedLease, Setup, TunnelSettings,
+};
+use crate::sys::fdpass::{Frame, FrameReader, FrameWriter};
+
+/// Why a request has no good answer.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The keeper has ended; the daemon must end as well.
+    #[error("the keeper process has ended")]
+    KeeperGone,
+    /// The keeper could not do it and says why.
+    #[error("{0}")]
+    Refused(String),
+    /// The first frame was not a setup: the hidden subcommand was run by hand.
+    #[error("`ringtun daemon` is started by `ringtun server` and `ringtun client` only")]
+    NotADaemon,
+    /// The socket or the process could not be prepared.
+    #[error("cannot talk to the keeper process")]
+    Socket(#[source] io::Error),
+}
+
+/// What a new daemon has in hands, before any runtime or thread exists.
+#[derive(Debug)]
+pub struct DaemonStart {
+    /// What it is to do.
+    pub setup: Setup,
+    /// TUN queues, non-blocking.
+    pub tun_queues: Vec<OwnedFd>,
+    /// Listening sockets, in the order of the setup's `listeners`; none for a client.
+    pub listeners: Vec<OwnedFd>,
+    socket: OwnedFd,
+}
+
+impl DaemonStart {
+    /// Waits for the setup on `socket`, the daemon's end of the pair.
+    ///
+    /// # Errors
+    /// [`LinkError::NotADaemon`] when something else arrives, or nothing.
+    pub fn receive(socket: OwnedFd) -> Result<Self, LinkError> {
+        let frame = FrameReader::new(FROM_KEEPER_BYTES_MAX)
+            .receive(socket.as_fd())
+            .ok()
+            .flatten()
+            .ok_or(LinkError::NotADaemon)?;
+        let setup: Setup =
+            serde_json::from_slice(&frame.body).map_err(|_| LinkError::NotADaemon)?;
+        let (queues, listeners) = match &setup {
+            Setup::Server(server) => (server.tun_queues, server.listeners.len()),
+            Setup::Client(client) => (client.tun_queues, 0),
+        };
+        if frame.fds.len() != queues + listeners {
+            return Err(LinkError::NotADaemon);
+        }
+        let mut tun_queues = frame.fds;
+        let listeners = tun_queues.split_off(queues);
+        Ok(DaemonStart {
+            setup,
+            tun_queues,
+            listeners,
+            socket,
+        })
+    }
+
+    /// Splits into the setup with its descriptors and the link. Call it within a tokio runtime: it spawns the task that
+    /// reads and writes the socket.
+    ///
+    /// # Errors
+    /// [`LinkError::Socket`] when the runtime cannot watch the socket.
+    pub fn connect(self) -> Result<(Setup, SetupFds, Link, Notices), LinkError> {
+        let (link, notices) = Link::new(self.socket)?;
+        let fds = SetupFds {
+            tun_queues: self.tun_queues,
+            listeners: self.listeners,
+        };
+        Ok((self.setup, fds, link, notices))
+    }
+}
+
+/// The descriptors that came with the setup.
+#[derive(Debug)]
+pub struct SetupFds {
+    /// TUN queues, non-blocking.
+    pub tun_queues: Vec<OwnedFd>,
+    /// Listening sockets, in the order of the setup's `listeners`; none for a client.
+    pub listeners: Vec<OwnedFd>,
+}
+
+/// Notices of the keeper. `recv` gives `None` when the keeper has ended: the daemon must then end at once.
+pub type Notices = mpsc::UnboundedReceiver<Notice>;
+
+/// Asks the keeper. Cheap to clone; requests are answered in order. A request whose future is dropped is still done.
+#[derive(Clone, Debug)]
+pub struct Link {
+    requests: mpsc::UnboundedSender<Asked>,
+}
+
+#[derive(Debug)]
+struct Asked {
+    request: Request,
+    answer: Answer,
+}
+
+type Answer = oneshot::Sender<(Reply, Vec<OwnedFd>)>;
+
+impl Link {
+    fn new(socket: OwnedFd) -> Result<(Self, Notices), LinkError> {
+        let socket = std::os::unix::net::UnixStream::from(socket);
+        socket.set_nonblocking(true).map_err(LinkError::Socket)?;
+        let socket = UnixStream::from_std(socket).map_err(LinkError::Socket)?;
+        let (requests, asked) = mpsc::unbounded_channel();
+        let (notify, notices) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            if let Err(error) = carry(&socket, asked, &notify).await {
+                tracing::debug!("the link to the keeper: {error}");
+            }
+        });
+        Ok((Link { requests }, notices))
+    }
+
+    /// Says that the workers run.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn ready(&self) -> Result<(), LinkError> {
+        self.ask(Request::Ready).await.map(drop)
+    }
+
+    /// A tuned TCP socket for `server`, with the exception route made or refreshed. Blocking mode, not connected.
+    ///
+    /// # Errors
+    /// See [`LinkError`]; [`LinkError::Refused`] when there is no way to the server now.
+    pub async fn outer_socket(&self, server: IpAddr) -> Result<OwnedFd, LinkError> {
+        let mut fds = self.ask(Request::OuterSocket { server }).await?;
+        fds.pop()
+            .ok_or_else(|| LinkError::Refused("the keeper sent no socket".into()))
+    }
+
+    /// Makes the client's host look as `settings` say.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn configure(&self, settings: TunnelSettings) -> Result<(), LinkError> {
+        self.ask(Request::Configure(settings)).await.map(drop)
+    }
+
+    /// Has a peer's addresses remembered over restarts.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn save_lease(&self, lease: SavedLease) -> Result<(), LinkError> {
+        self.ask(Request::SaveLease(lease)).await.map(drop)
+    }
+
+    /// Reports a final failure; the daemon should end right after.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn failed(&self, exit: u8, line: String) -> Result<(), LinkError> {
+        self.ask(Request::Failed { exit, line }).await.map(drop)
+    }
+
+    async fn ask(&self, request: Request) -> Result<Vec<OwnedFd>, LinkError> {
+        let (answer, answered) = oneshot::channel();
+        self.requests
+            .send(Asked { request, answer })
+            .map_err(|_| LinkError::KeeperGone)?;
+        match answered.await {
+            Ok((Reply::Error(line), _)) => Err(LinkError::Refused(line)),
+            Ok((Reply::Done | Reply::Socket, fds)) => Ok(fds),
+            Err(_) => Err(LinkError::KeeperGone),
+        }
+    }
+}
+
+/// Runs until the keeper or the last [`Link`] is gone.
+async fn carry(
+    socket: &UnixStream,
+    mut asked: mpsc::UnboundedReceiver<Asked>,
+    notices: &mpsc::UnboundedSender<Notice>,
+) -> io::Result<()> {
+    let mut reader = FrameReader::new(FROM_KEEPER_BYTES_MAX);
+    let mut unanswered: VecDeque<Answer> = VecDeque::new();
+    loop {
+        tokio::select! {
+            frame = socket.async_io(Interest::READABLE, || reader.receive(socket.as_fd())) => {
+                let Some(Frame { body, fds }) = frame? else {
+                    return Ok(());
+                };
+                match serde_json::from_slice(&body)? {
+                    FromKeeper::Reply(reply) => {
+                        let answer = unanswered.pop_front().ok_or(io::ErrorKind::InvalidData)?;
+                        // Nobody waits any longer when a request's future was dropped.
+                        let _ = answer.send((reply, fds));
+                    }
+                    FromKeeper::Notice(notice) => {
+                        // Nobody listens any longer when the daemon is about to end.
+                        let _ = notices.send(notice);
+                    }
+                }
+            }
+            Some(Asked { request, answer }) = asked.recv() => {
+                let mut frame = FrameWriter::new(&serde_json::to_vec(&request)?, Vec::new())?;
+                socket.async_io(Interest::WRITABLE, || frame.send(socket.as_fd())).await?;
+                unanswered.push_back(answer);
+            }
+        }
+    }
+}
