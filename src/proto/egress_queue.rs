@@ -88,3 +88,96 @@ impl<P> EgressQueue<P> {
         self.packets.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const NOW: Instant = Instant::from_nanos(0);
+
+    /// The bytes of each packet pushed, or a pop, or a drain.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Push { flow: u32, bytes: usize },
+        Pop,
+        Drain,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            6 => (0..8_u32, 1..3000_usize).prop_map(|(flow, bytes)| Step::Push { flow, bytes }),
+            3 => Just(Step::Pop),
+            1 => Just(Step::Drain),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn packets_are_conserved_in_order_and_the_bound_holds(
+            steps in prop::collection::vec(step(), 0..200),
+            bytes_max in 0..20_000_usize,
+        ) {
+            let mut queue = EgressQueue::new(bytes_max);
+            // Packets are (serial number, flow, bytes).
+            let (mut waiting, mut gone) = (HashSet::new(), Vec::new());
+            let mut last_of_flow = [None; 8];
+            for (serial, step) in steps.into_iter().enumerate() {
+                match step {
+                    Step::Push { flow, bytes } => {
+                        let packet = (serial, flow, bytes);
+                        waiting.insert(packet);
+                        if let Admit::Dropped(victim) = queue.push(NOW, flow, bytes, packet) {
+                            prop_assert!(waiting.remove(&victim), "neither twice nor from nowhere");
+                            prop_assert!(queue.bytes() + bytes > bytes_max, "there was room");
+                        }
+                    }
+                    Step::Pop => {
+                        let popped = queue.pop(NOW);
+                        prop_assert_eq!(popped.is_none(), waiting.is_empty());
+                        gone.extend(popped);
+                    }
+                    Step::Drain => {
+                        gone.extend(queue.drain());
+                        prop_assert!(queue.is_empty());
+                    }
+                }
+                for packet in gone.drain(..) {
+                    prop_assert!(waiting.remove(&packet), "neither twice nor from nowhere");
+                    let last = last_of_flow[packet.1 as usize].replace(packet.0);
+                    prop_assert!(last < Some(packet.0), "a flow keeps its order");
+                }
+                prop_assert!(queue.bytes() <= bytes_max);
+                prop_assert_eq!(queue.bytes(), waiting.iter().map(|packet| packet.2).sum::<usize>());
+                prop_assert_eq!(queue.len(), waiting.len());
+                prop_assert_eq!(queue.is_empty(), waiting.is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn the_bound_can_be_reached_exactly() {
+        let mut queue = EgressQueue::new(100);
+        assert_eq!(queue.push(NOW, 1, 60, "a"), Admit::Queued);
+        assert_eq!(queue.push(NOW, 1, 40, "b"), Admit::Queued);
+        assert_eq!(queue.push(NOW, 2, 1, "c"), Admit::Dropped("c"));
+        assert_eq!(queue.pop(NOW), Some("a"));
+        assert_eq!(queue.push(NOW, 2, 61, "d"), Admit::Dropped("d"));
+        assert_eq!(queue.push(NOW, 2, 60, "e"), Admit::Queued);
+        assert_eq!(queue.drain().collect::<Vec<_>>(), ["b", "e"]);
+        assert_eq!(queue.bytes(), 0);
+    }
+
+    #[test]
+    fn a_drain_that_nobody_finishes_still_empties_the_queue() {
+        let mut queue = EgressQueue::new(100);
+        for packet in 0..5 {
+            assert_eq!(queue.push(NOW, 0, 10, packet), Admit::Queued);
+        }
+        assert_eq!(queue.drain().next(), Some(0));
+        assert_eq!((queue.len(), queue.bytes()), (0, 0));
+    }
+}

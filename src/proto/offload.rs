@@ -494,3 +494,6 @@ fn udp_header_bytes(transport: &[u8]) -> Option<usize> {
     let udp_bytes = usize::from(u16::from_be_bytes([header[4], header[5]]));
     (udp_bytes == transport.len()).then_some(UDP_HEADER_BYTES)
 }
+
+#[cfg(test)]
+mod tests;

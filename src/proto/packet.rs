@@ -265,3 +265,231 @@ pub fn pseudo_header_sum(packet: &[u8], headers: &Headers) -> Checksum {
         .bytes(addresses)
         .word(u16::from(headers.protocol))
 }
+
+#[cfg(test)]
+mod tests {
+    use etherparse::{
+        IpFragOffset, IpHeaders, IpNumber, IpSlice, Ipv6Extensions, Ipv6FragmentHeader, Ipv6Header,
+        Ipv6RawExtHeader, PacketBuilder,
+    };
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn udp_v4() -> Vec<u8> {
+        let mut packet = Vec::new();
+        PacketBuilder::ipv4([10, 87, 0, 2], [203, 0, 113, 80], 64)
+            .udp(5, 6)
+            .write(&mut packet, b"payload")
+            .expect("fits");
+        packet
+    }
+
+    fn tcp_v6(extensions: Ipv6Extensions) -> Vec<u8> {
+        let header = Ipv6Header {
+            source: [0xfd; 16],
+            destination: [0x20; 16],
+            ..Default::default()
+        };
+        let mut packet = Vec::new();
+        PacketBuilder::ip(IpHeaders::Ipv6(header, extensions))
+            .tcp(5, 6, 7, 8)
+            .write(&mut packet, b"payload")
+            .expect("fits");
+        packet
+    }
+
+    fn options(bytes: usize) -> Ipv6RawExtHeader {
+        Ipv6RawExtHeader::new_raw(IpNumber::TCP, &vec![0; bytes - 2]).expect("a multiple of 8")
+    }
+
+    #[test]
+    fn an_ipv4_packet_is_parsed() {
+        let packet = udp_v4();
+        let expected = Headers {
+            version: 4,
+            src: "10.87.0.2".parse().expect("valid"),
+            dst: "203.0.113.80".parse().expect("valid"),
+            protocol: PROTOCOL_UDP,
+            transport_offset: 20,
+            fragment: false,
+            total_bytes: 35,
+        };
+        assert_eq!(parse(&packet), Ok(expected));
+    }
+
+    #[test]
+    fn bytes_after_the_packet_are_not_part_of_it() {
+        for packet in [udp_v4(), tcp_v6(Default::default())] {
+            let longer = [&packet[..], &[0; 9]].concat();
+            assert_eq!(parse(&longer), parse(&packet));
+        }
+    }
+
+    #[test]
+    fn ipv6_extension_headers_are_skipped() {
+        let extensions = Ipv6Extensions {
+            hop_by_hop_options: Some(options(8)),
+            destination_options: Some(options(24)),
+            ..Default::default()
+        };
+        let headers = parse(&tcp_v6(extensions)).expect("a packet");
+        assert_eq!(
+            (headers.protocol, headers.transport_offset),
+            (PROTOCOL_TCP, 72)
+        );
+        assert!(!headers.fragment);
+    }
+
+    #[test]
+    fn a_fragment_is_seen_before_its_transport_header() {
+        let offset = IpFragOffset::try_new(0).expect("valid");
+        let fragment = Ipv6FragmentHeader::new(IpNumber::TCP, offset, true, 99);
+        let extensions = Ipv6Extensions {
+            fragment: Some(fragment),
+            ..Default::default()
+        };
+        let headers = parse(&tcp_v6(extensions)).expect("a packet");
+        assert!(headers.fragment);
+        assert_eq!(
+            (headers.protocol, headers.transport_offset),
+            (PROTOCOL_TCP, 48)
+        );
+
+        for (byte, bits, fragment) in [
+            (6, 0x20, true),
+            (6, 0x1f, true),
+            (7, 1, true),
+            (6, 0x40, false),
+        ] {
+            let mut packet = udp_v4();
+            packet[6] = 0;
+            packet[byte] |= bits;
+            assert_eq!(
+                parse(&packet).map(|headers| headers.fragment),
+                Ok(fragment),
+                "{byte} {bits}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_chain_of_extension_headers_has_a_bound() {
+        let chain = |count: usize| {
+            let mut packet = tcp_v6(Default::default());
+            packet[6] = PROTOCOL_DESTINATION_OPTIONS;
+            let mut extensions = [PROTOCOL_DESTINATION_OPTIONS, 0, 1, 4, 0, 0, 0, 0].repeat(count);
+            extensions[(count - 1) * 8] = PROTOCOL_TCP;
+            let payload_bytes = (packet.len() - 40 + extensions.len()) as u16;
+            packet[4..6].copy_from_slice(&payload_bytes.to_be_bytes());
+            packet.splice(40..40, extensions);
+            parse(&packet)
+        };
+        let headers = chain(EXTENSION_HEADERS_MAX).expect("as many as allowed");
+        assert_eq!(
+            (headers.protocol, headers.transport_offset),
+            (PROTOCOL_TCP, 40 + 8 * EXTENSION_HEADERS_MAX)
+        );
+        assert_eq!(
+            chain(EXTENSION_HEADERS_MAX + 1),
+            Err(PacketError::ExtensionHeaders)
+        );
+    }
+
+    #[test]
+    fn every_cut_is_noticed() {
+        let extensions = Ipv6Extensions {
+            hop_by_hop_options: Some(options(16)),
+            ..Default::default()
+        };
+        for packet in [udp_v4(), tcp_v6(extensions)] {
+            for bytes in 1..packet.len() {
+                assert_eq!(parse(&packet[..bytes]), Err(PacketError::Truncated));
+            }
+            assert_eq!(parse(&[]), Err(PacketError::Version));
+        }
+    }
+
+    #[test]
+    fn an_extension_header_beyond_the_ip_length_is_truncated() {
+        let extensions = Ipv6Extensions {
+            hop_by_hop_options: Some(options(16)),
+            ..Default::default()
+        };
+        let mut packet = tcp_v6(extensions);
+        for payload_bytes in 0..16 {
+            packet[5] = payload_bytes;
+            assert_eq!(
+                parse(&packet),
+                Err(PacketError::Truncated),
+                "{payload_bytes}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_pseudo_headers_sum_makes_a_checksum() {
+        for packet in [udp_v4(), tcp_v6(Default::default())] {
+            let headers = parse(&packet).expect("a packet");
+            let transport = &packet[headers.transport_offset..];
+            let sum = pseudo_header_sum(&packet, &headers)
+                .word(transport.len() as u16)
+                .bytes(transport);
+            assert_eq!(
+                sum.finish(),
+                0,
+                "a packet with its checksum in place sums up to zero"
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_parsed_without_panic(mut packet in prop::collection::vec(any::<u8>(), 1..120), v6: bool) {
+            packet[0] = if v6 { 0x60 } else { 0x45 };
+            if packet.len() >= 8 {
+                // Lengths that are nearly right get further.
+                packet[2] = 0;
+                packet[4] = 0;
+            }
+            if let Ok(headers) = parse(&packet) {
+                prop_assert!(headers.transport_offset <= headers.total_bytes);
+                prop_assert!(headers.total_bytes <= packet.len());
+                prop_assert_eq!(source(&packet), Some(headers.src));
+                prop_assert_eq!(destination(&packet), Some(headers.dst));
+                if let Ok(slice) = IpSlice::from_slice(&packet) {
+                    prop_assert_eq!(slice.source_addr(), headers.src);
+                    prop_assert_eq!(slice.destination_addr(), headers.dst);
+                }
+            }
+        }
+
+        #[test]
+        fn the_checksum_is_rfc_1071s(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let mut sum = bytes
+                .chunks(2)
+                .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)))
+                .sum::<u32>();
+            while sum > 0xffff {
+                sum = (sum >> 16) + (sum & 0xffff);
+            }
+            prop_assert_eq!(Checksum::new().bytes(&bytes).folded(), sum as u16);
+            prop_assert_eq!(Checksum::new().bytes(&bytes).finish(), !(sum as u16));
+        }
+
+        #[test]
+        fn a_word_can_be_taken_out_again(bytes in prop::collection::vec(any::<u8>(), 1..100), word: u16) {
+            prop_assume!(bytes.iter().any(|byte| *byte != 0));
+            let sum = Checksum::new().bytes(&bytes);
+            // Zero and 0xffff are the same number in one's complement.
+            let same = |a: u16, b: u16| a % 0xffff == b % 0xffff;
+            prop_assert!(same(sum.word(word).without_word(word).folded(), sum.folded()));
+        }
+    }
+
+    #[test]
+    fn the_largest_packet_of_ones_does_not_overflow_the_sum() {
+        let ones = vec![0xff; PACKET_BYTES_MAX + 1];
+        assert_eq!(Checksum::new().bytes(&ones).bytes(&ones).folded(), 0xffff);
+    }
+}

@@ -47,9 +47,12 @@ pub struct RouteTable {
     /// A client's only session takes every packet.
     everything: Option<SessionRoute>,
     sessions: Vec<SessionRoute>,
-    /// Inner address (IPv4 mapped into IPv6) to the index in `sessions`.
-    addresses: HashMap<u128, u32, BuildHasherDefault<AddressHasher>>,
+    /// Inner addresses to the index in `sessions`.
+    v4: AddressMap<u32>,
+    v6: AddressMap<u128>,
 }
+
+type AddressMap<A> = HashMap<A, u32, BuildHasherDefault<AddressHasher>>;
 
 impl RouteTable {
     /// A table in which nothing is found.
@@ -71,7 +74,10 @@ impl RouteTable {
         let index = u32::try_from(self.sessions.len()).expect("fewer sessions than addresses");
         self.sessions.push(route);
         for address in addresses {
-            self.addresses.insert(key(*address), index);
+            match address {
+                IpAddr::V4(address) => self.v4.insert(address.to_bits(), index),
+                IpAddr::V6(address) => self.v6.insert(address.to_bits(), index),
+            };
         }
     }
 
@@ -87,16 +93,11 @@ impl RouteTable {
         if let Some(route) = &self.everything {
             return Some(route);
         }
-        let index = *self.addresses.get(&key(dst))?;
+        let index = *match dst {
+            IpAddr::V4(address) => self.v4.get(&address.to_bits()),
+            IpAddr::V6(address) => self.v6.get(&address.to_bits()),
+        }?;
         self.sessions.get(index as usize)
-    }
-}
-
-#[inline]
-fn key(address: IpAddr) -> u128 {
-    match address {
-        IpAddr::V4(address) => address.to_ipv6_mapped().to_bits(),
-        IpAddr::V6(address) => address.to_bits(),
     }
 }
 
@@ -106,13 +107,23 @@ struct AddressHasher(u64);
 
 impl Hasher for AddressHasher {
     #[inline]
-    fn write_u128(&mut self, address: u128) {
-        let folded = (address >> 64) as u64 ^ address as u64;
-        // The table takes its bucket from the low bits and its tag from the highest: spread to both.
-        let product = folded.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 = product ^ product >> 32;
+    fn write_u32(&mut self, address: u32) {
+        self.write_u64(u64::from(address));
     }
 
+    #[inline]
+    fn write_u64(&mut self, bits: u64) {
+        // The table takes its bucket from the low bits and its tag from the highest: spread to both.
+        let product = bits.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = product ^ (product >> 32);
+    }
+
+    #[inline]
+    fn write_u128(&mut self, address: u128) {
+        self.write_u64((address >> 64) as u64 ^ address as u64);
+    }
+
+    /// Only here because the trait asks for it: addresses come by the methods above.
     fn write(&mut self, bytes: &[u8]) {
         for byte in bytes {
             self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
@@ -122,5 +133,111 @@ impl Hasher for AddressHasher {
     #[inline]
     fn finish(&self) -> u64 {
         self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn route(session: u64, connections: u32) -> SessionRoute {
+        let connections = (0..connections)
+            .map(|slot| ConnectionRef {
+                worker: slot as u16 % 2,
+                slot,
+                generation: session as u32,
+            })
+            .collect();
+        SessionRoute {
+            session: SessionId(session),
+            connections,
+        }
+    }
+
+    #[test]
+    fn an_empty_table_finds_nothing() {
+        let dst = IpAddr::from(Ipv4Addr::new(10, 87, 0, 2));
+        assert_eq!(RouteTable::empty().lookup(dst, 0), None);
+        assert_eq!(RouteTable::client(route(1, 0)).lookup(dst, u32::MAX), None);
+    }
+
+    #[test]
+    fn a_client_sends_everything_to_its_session() {
+        let table = RouteTable::client(route(1, 1));
+        for dst in ["0.0.0.0", "203.0.113.80", "::", "2001:db8::1"] {
+            let dst: IpAddr = dst.parse().expect("valid");
+            assert_eq!(
+                table.lookup(dst, 77),
+                Some(ConnectionRef {
+                    worker: 0,
+                    slot: 0,
+                    generation: 1
+                })
+            );
+        }
+    }
+
+    #[test]
+    fn an_address_goes_to_the_session_that_had_it_last() {
+        let dst = IpAddr::from(Ipv4Addr::new(10, 87, 0, 2));
+        let mut table = RouteTable::empty();
+        table.insert(&[dst], route(1, 1));
+        table.insert(&[dst], route(2, 1));
+        assert_eq!(
+            table.route(dst).map(|route| route.session),
+            Some(SessionId(2))
+        );
+    }
+
+    #[test]
+    fn a_mapped_address_is_not_a_lease_of_another_family() {
+        let v4 = Ipv4Addr::new(10, 87, 0, 2);
+        let mut table = RouteTable::empty();
+        table.insert(&[v4.into()], route(1, 1));
+        assert!(table.lookup(v4.to_ipv6_mapped().into(), 0).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn every_lease_is_found_and_nothing_else(
+            leases in prop::collection::vec(any::<(Ipv4Addr, Ipv6Addr)>(), 0..50),
+            strangers in prop::collection::vec(any::<IpAddr>(), 0..20),
+            flow: u32,
+        ) {
+            let mut table = RouteTable::empty();
+            let mut model = HashMap::new();
+            for (session, (v4, v6)) in leases.into_iter().enumerate() {
+                let addresses = [IpAddr::V4(v4), IpAddr::V6(v6)];
+                let route = route(session as u64, 1 + session as u32 % 4);
+                table.insert(&addresses, route);
+                model.extend(addresses.map(|address| (address, session as u64)));
+            }
+            for (address, session) in &model {
+                let found = table.lookup(*address, flow).expect("a lease");
+                prop_assert_eq!(u64::from(found.generation), *session);
+            }
+            for stranger in strangers {
+                prop_assert_eq!(table.lookup(stranger, flow).is_some(), model.contains_key(&stranger));
+            }
+        }
+
+        #[test]
+        fn flows_are_shared_out_among_the_connections(connections in 1..9_u32) {
+            let table = RouteTable::client(route(1, connections));
+            let dst = IpAddr::from(Ipv4Addr::UNSPECIFIED);
+            let mut counts = vec![0; connections as usize];
+            let flows = 4096;
+            for flow in 0..flows {
+                let found = table.lookup(dst, flow * (u32::MAX / (flows - 1))).expect("a connection");
+                counts[found.slot as usize] += 1;
+            }
+            let share = flows / connections;
+            prop_assert!(counts.iter().all(|count| (share - 1..=share + 2).contains(count)), "{:?}", counts);
+        }
     }
 }
