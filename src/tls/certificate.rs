@@ -382,3 +382,153 @@ impl ServerCertVerifier for PinVerifier {
         self.algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::stock;
+    use super::*;
+
+    fn pem_of(generated: &Generated) -> (&[u8], &[u8]) {
+        (
+            generated.certificate_pem.as_bytes(),
+            generated.key_pem.as_bytes(),
+        )
+    }
+
+    #[test]
+    fn a_generated_certificate_serves_and_its_pin_is_that_of_its_key() {
+        let generated = generate("files.example.net").unwrap();
+        let (certificate, key) = pem_of(&generated);
+        let identity = Identity::from_pem(certificate, key).unwrap();
+        let key = KeyPair::from_pem(&generated.key_pem).unwrap();
+        let spki = rcgen::PublicKeyData::subject_public_key_info(&key);
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &spki);
+        assert_eq!(identity.pin().unwrap(), digest.as_ref());
+        assert!(generated.key_pem.starts_with("-----BEGIN PRIVATE KEY-----"));
+        server_config(identity).unwrap();
+    }
+
+    #[test]
+    fn no_two_generated_certificates_share_a_key() {
+        let pin = |generated: Generated| {
+            let (certificate, key) = pem_of(&generated);
+            Identity::from_pem(certificate, key).unwrap().pin().unwrap()
+        };
+        assert_ne!(
+            pin(generate(stock::NAME).unwrap()),
+            pin(generate(stock::NAME).unwrap())
+        );
+    }
+
+    #[test]
+    fn only_host_names_get_a_certificate() {
+        for name in [
+            "",
+            "192.0.2.1",
+            "2001:db8::1",
+            "two words",
+            "a..b",
+            "-",
+            "x\ny.example",
+        ] {
+            assert!(
+                matches!(generate(name), Err(CertificateError::NotAHostName(_))),
+                "{name:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn each_mistake_with_the_files_has_its_own_error() {
+        let (one, other) = (
+            generate("one.example").unwrap(),
+            generate("other.example").unwrap(),
+        );
+        let (certificate, key) = pem_of(&one);
+        let refused =
+            |certificate: &[u8], key: &[u8]| Identity::from_pem(certificate, key).unwrap_err();
+
+        assert!(matches!(
+            refused(key, certificate),
+            CertificateError::NoKey | CertificateError::NoCertificate
+        ));
+        assert!(matches!(refused(b"", key), CertificateError::NoCertificate));
+        assert!(matches!(refused(key, key), CertificateError::NoCertificate));
+        assert!(matches!(refused(certificate, b""), CertificateError::NoKey));
+        assert!(matches!(
+            refused(certificate, certificate),
+            CertificateError::NoKey
+        ));
+        assert!(matches!(
+            refused(certificate, pem_of(&other).1),
+            CertificateError::KeyMismatch
+        ));
+        assert!(matches!(
+            refused(&certificate[..certificate.len() - 30], key),
+            CertificateError::Pem(..)
+        ));
+
+        let encrypted = one.key_pem.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY");
+        assert!(matches!(
+            refused(certificate, encrypted.as_bytes()),
+            CertificateError::EncryptedKey
+        ));
+        let no_key = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";
+        assert!(matches!(
+            refused(certificate, no_key.as_bytes()),
+            CertificateError::UnusableKey(_)
+        ));
+        let no_certificate = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        assert!(matches!(
+            refused(no_certificate.as_bytes(), key),
+            CertificateError::Malformed(_)
+        ));
+    }
+
+    #[test]
+    fn a_chain_keeps_its_order() {
+        let (leaf, next) = (
+            generate("leaf.example").unwrap(),
+            generate("next.example").unwrap(),
+        );
+        let chain = [leaf.certificate_pem.as_str(), &next.certificate_pem].concat();
+        let identity = Identity::from_pem(chain.as_bytes(), leaf.key_pem.as_bytes()).unwrap();
+        let lone =
+            Identity::from_pem(leaf.certificate_pem.as_bytes(), leaf.key_pem.as_bytes()).unwrap();
+        assert_eq!(identity.chain.len(), 2);
+        assert_eq!(identity.pin().unwrap(), lone.pin().unwrap());
+    }
+
+    #[test]
+    fn no_private_key_shows_in_debug_output() {
+        let text = format!("{:?}", stock::identity());
+        let key = format!("{:?}", stock::identity().key.secret_der());
+        assert!(!text.contains(&key[1..30]), "{text}");
+    }
+
+    #[test]
+    fn a_server_without_certificate_or_with_a_foreign_key_is_no_server() {
+        let key = stock::identity().key;
+        let empty = Identity {
+            chain: Vec::new(),
+            key: key.clone_key(),
+        };
+        assert!(server_config(empty).is_err());
+        let generated = generate("foreign.example").unwrap();
+        let (certificate, own) = pem_of(&generated);
+        let foreign = Identity {
+            key,
+            ..Identity::from_pem(certificate, own).unwrap()
+        };
+        assert!(matches!(
+            server_config(foreign),
+            Err(CertificateError::KeyMismatch)
+        ));
+    }
+
+    #[test]
+    fn no_authorities_is_an_error_that_says_what_to_do() {
+        let error = client_config_for_roots(RootCertStore::empty()).unwrap_err();
+        assert!(error.to_string().contains("ca-certificates"));
+    }
+}

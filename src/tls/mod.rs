@@ -14,3 +14,6 @@ pub mod record;
 pub use certificate::{CertificateError, Identity, PinMismatch, Trust};
 pub use handshake::{Established, TlsError, TlsStream};
 pub use record::{ContentType, Opened, RecordError, RecordLayer, Signal};
+
+#[cfg(test)]
+mod stock;

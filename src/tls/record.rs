@@ -536,3 +536,579 @@ impl TrafficKey {
         aead::Nonce::assume_unique_for_key(nonce)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::handshake::TlsStream;
+    use super::super::stock::{self, Ours, Pair, SUITES};
+    use super::super::{certificate, handshake::Established};
+    use super::*;
+
+    /// Both ends ours, after the handshake and with nothing in flight.
+    struct Ends {
+        client: RecordLayer,
+        server: RecordLayer,
+    }
+
+    fn ends() -> Ends {
+        let mut client = TlsStream::client(stock::pinned(), stock::name()).unwrap();
+        let config = certificate::server_config(stock::identity()).unwrap();
+        let mut server = TlsStream::server(config).unwrap();
+        for _ in 0..3 {
+            server.feed(&client.take_outgoing()).unwrap();
+            client.feed(&server.take_outgoing()).unwrap();
+        }
+        Ends {
+            client: client.into_records().unwrap().records,
+            server: server.into_records().unwrap().records,
+        }
+    }
+
+    /// A record of any inner plaintext, as only a strange peer makes it.
+    fn craft(layer: &mut RecordLayer, inner: &[u8]) -> Vec<u8> {
+        let key = &mut layer.sending;
+        let bytes = inner.len() + RECORD_TAG_BYTES;
+        let mut record = vec![23, 3, 3, (bytes >> 8) as u8, bytes as u8];
+        record.resize(RECORD_HEADER_BYTES + bytes, 0);
+        let (header, body) = record.split_at_mut(RECORD_HEADER_BYTES);
+        key.key
+            .seal_out_of_place_scatter(
+                key.nonce(),
+                aead::Aad::from(&*header),
+                &[],
+                &mut [],
+                inner,
+                body,
+            )
+            .unwrap();
+        key.records += 1;
+        record
+    }
+
+    fn seal(layer: &mut RecordLayer, content_type: ContentType, plaintext: &[u8]) -> Vec<u8> {
+        let mut record = vec![0xee; sealed_bytes(plaintext.len())];
+        assert_eq!(
+            layer.seal(content_type, plaintext, &mut record).unwrap(),
+            record.len()
+        );
+        record
+    }
+
+    fn open(layer: &mut RecordLayer, record: &[u8]) -> Result<(ContentType, Vec<u8>), RecordError> {
+        let mut out = vec![
+            0xee;
+            record
+                .len()
+                .saturating_sub(RECORD_HEADER_BYTES + RECORD_TAG_BYTES)
+        ];
+        let opened = layer.open(record, &mut out)?;
+        out.truncate(opened.bytes);
+        Ok((opened.content_type, out))
+    }
+
+    fn receive(layer: &mut RecordLayer, record: &[u8]) -> Result<Signal, RecordError> {
+        let (content_type, body) = open(layer, record)?;
+        layer.handle(content_type, &body)
+    }
+
+    fn key_update(layer: &mut RecordLayer, request_peer: bool) -> Vec<u8> {
+        let mut out = vec![0; CONTROL_RECORD_BYTES_MAX];
+        let bytes = layer.key_update(request_peer, &mut out).unwrap();
+        out.truncate(bytes);
+        out
+    }
+
+    fn ticket(ticket_bytes: usize) -> Vec<u8> {
+        let mut body = vec![0, 0, 14, 16, 1, 2, 3, 4, 1, 0];
+        body.extend((ticket_bytes as u16).to_be_bytes());
+        body.extend(vec![0x55; ticket_bytes]);
+        body.extend([0, 0]);
+        let mut message = vec![NEW_SESSION_TICKET];
+        message.extend(&(body.len() as u32).to_be_bytes()[1..]);
+        message.extend(body);
+        message
+    }
+
+    /// Data still passes from `from` to `to`.
+    fn assert_in_step(from: &mut RecordLayer, to: &mut RecordLayer) {
+        let record = seal(from, ContentType::ApplicationData, b"in step");
+        let opened = open(to, &record).unwrap();
+        assert_eq!(opened, (ContentType::ApplicationData, b"in step".to_vec()));
+    }
+
+    #[test]
+    fn a_record_layer_moves_between_threads() {
+        fn assert_send<T: Send>() {}
+        assert_send::<RecordLayer>();
+        assert_send::<Established>();
+    }
+
+    #[test]
+    fn the_length_is_read_from_whole_headers_only() {
+        let record = seal(&mut ends().client, ContentType::ApplicationData, b"four");
+        for cut in 0..RECORD_HEADER_BYTES {
+            assert!(matches!(record_bytes(&record[..cut]), Ok(None)));
+        }
+        for cut in RECORD_HEADER_BYTES..=record.len() {
+            assert!(matches!(record_bytes(&record[..cut]), Ok(Some(26))));
+        }
+    }
+
+    #[test]
+    fn unlawful_headers_are_refused() {
+        for kind in (0..=255).filter(|&kind| kind != 23) {
+            assert!(
+                matches!(record_bytes(&[kind, 3, 3, 0, 30]), Err(RecordError::Unprotected(k)) if k == kind)
+            );
+        }
+        assert!(matches!(
+            record_bytes(&[23, 3, 3, 0, 16]),
+            Err(RecordError::TooShort(21))
+        ));
+        assert!(matches!(record_bytes(&[23, 3, 3, 0, 17]), Ok(Some(22))));
+        assert!(matches!(
+            record_bytes(&[23, 3, 3, 0x40, 0x11]),
+            Ok(Some(RECORD_BYTES_MAX))
+        ));
+        assert!(matches!(
+            record_bytes(&[23, 3, 3, 0x40, 0x12]),
+            Err(RecordError::TooLong(16_407))
+        ));
+        assert!(matches!(
+            record_bytes(&[23, 3, 3, 0xff, 0xff]),
+            Err(RecordError::TooLong(_))
+        ));
+    }
+
+    #[test]
+    fn only_one_whole_record_is_opened() {
+        let Ends {
+            mut client,
+            mut server,
+        } = ends();
+        let mut record = seal(&mut client, ContentType::ApplicationData, b"whole");
+        for cut in 0..record.len() {
+            assert!(matches!(
+                open(&mut server, &record[..cut]),
+                Err(RecordError::NotOneRecord)
+            ));
+        }
+        record.push(0);
+        assert!(matches!(
+            open(&mut server, &record),
+            Err(RecordError::NotOneRecord)
+        ));
+        record.pop();
+        assert_eq!(open(&mut server, &record).unwrap().1, b"whole");
+    }
+
+    #[test]
+    fn buffers_of_the_wrong_size_are_refused_and_cost_no_sequence_number() {
+        let Ends {
+            mut client,
+            mut server,
+        } = ends();
+        let mut out = vec![0; RECORD_BYTES_MAX + 1];
+        let data = ContentType::ApplicationData;
+        assert!(matches!(
+            client.seal(data, b"12345", &mut out[..26]),
+            Err(RecordError::BufferTooSmall(27))
+        ));
+        let long = vec![0; RECORD_PLAINTEXT_BYTES_MAX + 1];
+        assert!(matches!(
+            client.seal(data, &long, &mut out),
+            Err(RecordError::PlaintextTooLong(_))
+        ));
+        let record = seal(&mut client, data, b"12345");
+        assert!(matches!(
+            server.open(&record, &mut out[..5]),
+            Err(RecordError::BufferTooSmall(6))
+        ));
+        assert_eq!(server.open(&record, &mut out[..6]).unwrap().bytes, 5);
+    }
+
+    #[test]
+    fn a_record_is_taken_once_and_in_order() {
+        let Ends {
+            mut client,
+            mut server,
+        } = ends();
+        let first = seal(&mut client, ContentType::ApplicationData, b"first");
+        let second = seal(&mut client, ContentType::ApplicationData, b"second");
+        assert!(matches!(
+            open(&mut server, &second),
+            Err(RecordError::Altered)
+        ));
+        assert_eq!(open(&mut server, &first).unwrap().1, b"first");
+        assert!(matches!(
+            open(&mut server, &first),
+            Err(RecordError::Altered)
+        ));
+        assert_eq!(open(&mut server, &second).unwrap().1, b"second");
+    }
+
+    #[test]
+    fn the_two_directions_have_different_keys() {
+        let Ends { mut client, .. } = ends();
+        let own = seal(&mut client, ContentType::ApplicationData, b"mirror");
+        assert!(matches!(open(&mut client, &own), Err(RecordError::Altered)));
+    }
+
+    #[test]
+    fn an_empty_record_is_data_or_an_error() {
+        let Ends {
+            mut client,
+            mut server,
+        } = ends();
+        let empty = seal(&mut client, ContentType::ApplicationData, b"");
+        assert_eq!(
+            open(&mut server, &empty).unwrap(),
+            (ContentType::ApplicationData, vec![])
+        );
+        let padded = craft(&mut client, &[23, 0, 0, 0]);
+        assert_eq!(
+            open(&mut server, &padded).unwrap(),
+            (ContentType::ApplicationData, vec![])
+        );
+        for inner in [&[21][..], &[22], &[21, 0, 0], &[22, 0]] {
+            let Ends {
+                mut client,
+                mut server,
+            } = ends();
+            let record = craft(&mut client, inner);
+            assert!(
+                matches!(open(&mut server, &record), Err(RecordError::Empty)),
+                "{inner:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_record_without_a_known_content_type_is_refused() {
+        for inner in [&[0][..], &[0; 100], &[1, 2, 20], &[1, 24, 0], &[0xff]] {
+            let Ends {
+                mut client,
+                mut server,
+            } = ends();
+            let record = craft(&mut client, inner);
+            let error = open(&mut server, &record).unwrap_err();
+            assert!(
+                matches!(
+                    error,
+                    RecordError::UnexpectedContent(_) | RecordError::Empty
+                ),
+                "{error:?}"
+            );
+            assert_eq!(error.alert(), Some(AlertDescription::UnexpectedMessage));
+        }
+    }
+
+    #[test]
+    fn a_record_may_be_padded_to_its_full_length() {
+        let Ends {
+            mut client,
+            mut server,
+        } = ends();
+        let mut inner = b"short\x17".to_vec();
+        inner.resize(RECORD_PLAINTEXT_BYTES_MAX + 1, 0);
+        let record = craft(&mut client, &inner);
+        assert_eq!(record.len(), RECORD_BYTES_MAX);
+        assert_eq!(open(&mut server, &record).unwrap().1, b"short");
+        inner.push(0);
+        let record = craft(&mut client, &inner);
+        assert!(matches!(
+            open(&mut server, &record),
+            Err(RecordError::TooLong(_))
+        ));
+    }
+
+    #[test]
+    fn a_new_key_is_wanted_long_before_the_old_one_is_used_up() {
+        let Ends {
+            mut client,
+            mut server,
+        } = ends();
+        assert!(!client.wants_key_update());
+        client.sending.records = KEY_UPDATE_RECORDS - 1;
+        server.receiving.records = KEY_UPDATE_RECORDS - 1;
+        assert!(!client.wants_key_update());
+        assert_in_step(&mut client, &mut server);
+        assert!(client.wants_key_update());
+        let update = key_update(&mut client, false);
+        assert!(!client.wants_key_update());
+        assert_eq!(client.sending.records, 0);
+        assert_eq!(receive(&mut server, &update).unwrap(), Signal::None);
+        assert_in_step(&mut client, &mut server);
+    }
+
+    #[test]
+    fn a_used_up_key_seals_and_opens_no_more() {
+        let Ends { mut client, .. } = ends();
+        client.sending.records = RECORDS_PER_KEY_MAX - 1;
+        let record = seal(&mut client, ContentType::ApplicationData, b"last");
+        let mut out = [0; 64];
+        for _ in 0..2 {
+            let refused = client.seal(ContentType::ApplicationData, b"over", &mut out);
+            assert!(matches!(refused, Err(RecordError::KeyExhausted)));
+        }
+        assert!(client.close_notify(&mut out).is_err());
+        client.receiving.records = u64::MAX;
+        assert!(matches!(
+            open(&mut client, &record),
+            Err(RecordError::KeyExhausted)
+        ));
+    }
+
+    #[test]
+    fn a_request_for_our_key_is_owed_until_it_is_answered() {
+        let Ends {
+            mut client,
+            mut server,
+        } = ends();
+        let update = key_update(&mut client, true);
+        assert_eq!(
+            receive(&mut server, &update).unwrap(),
+            Signal::ReplyKeyUpdate
+        );
+        assert!(server.wants_key_update());
+        assert_in_step(&mut client, &mut server);
+        assert_in_step(&mut server, &mut client);
+        let reply = key_update(&mut server, false);
+        assert!(!server.wants_key_update());
+        assert_eq!(receive(&mut client, &reply).unwrap(), Signal::None);
+        assert!(!client.wants_key_update());
+        assert_in_step(&mut client, &mut server);
+        assert_in_step(&mut server, &mut client);
+    }
+
+    #[test]
+    fn a_key_update_is_sealed_under_the_old_key_only() {
+        let Ends {
+            mut client,
+            mut server,
+        } = ends();
+        let _lost = key_update(&mut client, false);
+        let next = seal(&mut client, ContentType::ApplicationData, b"new key");
+        assert!(matches!(
+            open(&mut server, &next),
+            Err(RecordError::Altered)
+        ));
+    }
+
+    #[test]
+    fn a_key_update_ends_its_record() {
+        for trailing in [&[0][..], &[24, 0, 0, 1, 0], &[4, 0]] {
+            let Ends {
+                mut client,
+                mut server,
+            } = ends();
+            let body = [&[24, 0, 0, 1, 0], trailing].concat();
+            let record = seal(&mut server, ContentType::Handshake, &body);
+            assert!(matches!(
+                receive(&mut client, &record),
+                Err(RecordError::KeyUpdateNotAtEnd)
+            ));
+        }
+    }
+
+    #[test]
+    fn a_key_update_may_follow_tickets_in_one_record() {
+        let Ends {
+            mut client,
+            mut server,
+        } = ends();
+        let body = [ticket(32), ticket(200), vec![24, 0, 0, 1, 1]].concat();
+        let record = seal(&mut server, ContentType::Handshake, &body);
+        assert_eq!(
+            receive(&mut client, &record).unwrap(),
+            Signal::ReplyKeyUpdate
+        );
+    }
+
+    #[test]
+    fn what_has_no_place_after_the_handshake_is_refused_at_its_first_byte() {
+        for kind in (0..=255).filter(|kind| ![NEW_SESSION_TICKET, KEY_UPDATE].contains(kind)) {
+            let Ends {
+                mut client,
+                mut server,
+            } = ends();
+            let record = seal(&mut server, ContentType::Handshake, &[kind]);
+            let refused = receive(&mut client, &record);
+            assert!(matches!(refused, Err(RecordError::UnexpectedHandshake(k)) if k == kind));
+        }
+        let Ends {
+            mut client,
+            mut server,
+        } = ends();
+        let record = seal(&mut client, ContentType::Handshake, &[NEW_SESSION_TICKET]);
+        assert!(matches!(
+            receive(&mut server, &record),
+            Err(RecordError::UnexpectedHandshake(4))
+        ));
+    }
+
+    #[test]
+    fn malformed_handshake_messages_are_refused() {
+        type Check = fn(&RecordError) -> bool;
+        let cases: [(&[u8], Check); 6] = [
+            (&[24, 0, 0, 1, 2], |error| {
+                matches!(error, RecordError::MalformedKeyUpdate)
+            }),
+            (&[24, 0, 0, 0], |error| {
+                matches!(error, RecordError::MalformedKeyUpdate)
+            }),
+            (&[24, 0, 0, 2], |error| {
+                matches!(error, RecordError::HandshakeTooLong(2))
+            }),
+            (&[4, 0, 0x40, 1], |error| {
+                matches!(error, RecordError::HandshakeTooLong(16_385))
+            }),
+            (&[4, 0xff, 0xff, 0xff], |error| {
+                matches!(error, RecordError::HandshakeTooLong(_))
+            }),
+            (&[4, 0, 0, 3, 1, 2, 3], |error| {
+                matches!(error, RecordError::MalformedTicket(_))
+            }),
+        ];
+        for (body, check) in cases {
+            let Ends {
+                mut client,
+                mut server,
+            } = ends();
+            let record = seal(&mut server, ContentType::Handshake, body);
+            let error = receive(&mut client, &record).unwrap_err();
+            assert!(check(&error), "{body:?}: {error:?}");
+        }
+    }
+
+    #[test]
+    fn no_other_record_comes_inside_a_handshake_message() {
+        for content_type in [ContentType::ApplicationData, ContentType::Alert] {
+            let Ends {
+                mut client,
+                mut server,
+            } = ends();
+            let front = seal(&mut server, ContentType::Handshake, &[24, 0, 0]);
+            assert_eq!(receive(&mut client, &front).unwrap(), Signal::None);
+            let other = seal(&mut server, content_type, &[1, 0]);
+            assert!(matches!(
+                open(&mut client, &other),
+                Err(RecordError::Interleaved)
+            ));
+        }
+    }
+
+    #[test]
+    fn alerts_close_or_fail() {
+        type Expected = Result<Signal, Option<AlertDescription>>;
+        let cases: [(&[u8], Expected); 6] = [
+            (&[1, 0], Ok(Signal::CloseNotify)),
+            (&[2, 0], Ok(Signal::CloseNotify)),
+            (&[1, 90], Ok(Signal::None)),
+            (&[1, 40], Err(Some(AlertDescription::HandshakeFailure))),
+            (&[2, 20, 0], Err(None)),
+            (&[2], Err(None)),
+        ];
+        for (body, expected) in cases {
+            let Ends {
+                mut client,
+                mut server,
+            } = ends();
+            let record = seal(&mut server, ContentType::Alert, body);
+            match (receive(&mut client, &record), expected) {
+                (Ok(signal), Ok(expected)) => assert_eq!(signal, expected),
+                (Err(RecordError::PeerAlert(alert)), Err(Some(expected))) => {
+                    assert_eq!(alert, expected)
+                }
+                (Err(RecordError::MalformedAlert), Err(None)) => {}
+                other => panic!("{body:?}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn stock_rustls_understands_our_alerts() {
+        let (mut ours, mut peer) = Pair::established(Ours::Server, SUITES[0]);
+        let mut out = [0; CONTROL_RECORD_BYTES_MAX];
+        let bytes = ours.records.close_notify(&mut out).unwrap();
+        peer.read_tls(&mut &out[..bytes]).unwrap();
+        assert!(peer.process_new_packets().unwrap().peer_has_closed());
+
+        let (mut ours, mut peer) = Pair::established(Ours::Client, SUITES[0]);
+        let bytes = ours
+            .records
+            .fatal_alert(AlertDescription::BadRecordMac, &mut out)
+            .unwrap();
+        let refused = stock::give(&mut peer, &out[..bytes]);
+        assert_eq!(
+            refused,
+            Err(rustls::Error::AlertReceived(AlertDescription::BadRecordMac))
+        );
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn any_altered_bit_is_noticed(
+            plaintext in proptest::collection::vec(any::<u8>(), 0..300),
+            bit in any::<proptest::sample::Index>(),
+        ) {
+            let Ends { mut client, mut server } = ends();
+            let mut record = seal(&mut client, ContentType::ApplicationData, &plaintext);
+            let bit = bit.index(record.len() * 8);
+            record[bit / 8] ^= 1 << (bit % 8);
+            prop_assert!(open(&mut server, &record).is_err());
+            record[bit / 8] ^= 1 << (bit % 8);
+            prop_assert_eq!(open(&mut server, &record).unwrap().1, plaintext);
+        }
+
+        #[test]
+        fn padding_is_stripped_and_content_kept(
+            content in proptest::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..500),
+            padding in 0usize..1000,
+        ) {
+            let Ends { mut client, mut server } = ends();
+            let inner = [&content[..], &[23], &vec![0; padding]].concat();
+            let record = craft(&mut client, &inner);
+            prop_assert_eq!(open(&mut server, &record).unwrap(), (ContentType::ApplicationData, content));
+            assert_in_step(&mut client, &mut server);
+        }
+
+        #[test]
+        fn handshake_messages_may_be_split_and_joined_in_any_way(
+            tickets in proptest::collection::vec(1usize..5000, 0..5),
+            asked in any::<bool>(),
+            lengths in proptest::collection::vec(1usize..3000, 1..6),
+        ) {
+            let Ends { mut client, mut server } = ends();
+            let mut stream: Vec<u8> = tickets.iter().flat_map(|&bytes| ticket(bytes)).collect();
+            stream.extend([24, 0, 0, 1, u8::from(asked)]);
+            let mut signals = Vec::new();
+            for piece in stock::Chunks::new(lengths).cut(&stream) {
+                let record = seal(&mut server, ContentType::Handshake, piece);
+                signals.push(receive(&mut client, &record).unwrap());
+            }
+            let last = signals.pop().unwrap();
+            prop_assert_eq!(last, if asked { Signal::ReplyKeyUpdate } else { Signal::None });
+            prop_assert!(signals.iter().all(|&signal| signal == Signal::None));
+            // The server's next record is under its next key.
+            let _old = key_update(&mut server, false);
+            assert_in_step(&mut server, &mut client);
+            assert_in_step(&mut client, &mut server);
+        }
+
+        #[test]
+        fn no_record_content_makes_the_layer_panic(
+            bodies in proptest::collection::vec((21u8..=23, proptest::collection::vec(0u8..30, 1..40)), 1..10),
+        ) {
+            let Ends { mut client, mut server } = ends();
+            for (kind, body) in bodies {
+                let record = craft(&mut server, &[&body[..], &[kind]].concat());
+                let _ = receive(&mut client, &record);
+            }
+        }
+    }
+}
