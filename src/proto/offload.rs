@@ -5,7 +5,7 @@
 //! pseudo-header's sum, the kernel that sends it on a wire does the rest). On the way through the tunnel:
 //!
 //! 1. the sender asks [`fit`] whether the peer takes the packet as it is; nearly always it does;
-//! 2. otherwise [`segment`] turns it into packets that the peer takes;
+//! 2. otherwise [`segment()`] turns it into packets that the peer takes;
 //! 3. the receiver has [`validate`] check the header against the packet and writes both to its own TUN.
 //!
 //! The rules are the intersection of what an honest kernel produces and what every kernel accepts
@@ -252,8 +252,8 @@ impl fmt::Display for Offloads {
     }
 }
 
-/// Reads what [`Display`](fmt::Display) writes: `csum;tso4`, a leading semicolon and spaces allowed. A parameter of an unknown name,
-/// or with any value but `?1`, is ignored, so that more can be added later.
+/// Reads what [`Display`](fmt::Display) writes: `csum;tso4`, a leading semicolon and spaces allowed. An unknown name is
+/// ignored, so that more can be added later, and a value other than `?1` means off.
 impl FromStr for Offloads {
     type Err = Infallible;
 
@@ -305,7 +305,7 @@ pub enum OffloadError {
     /// `gso_size` is zero, out of range, or makes too many segments.
     #[error("gso_size out of range")]
     GsoSize,
-    /// The scratch space given to [`segment`] is shorter than a segment.
+    /// The scratch space given to [`segment()`] is shorter than a segment.
     #[error("scratch space shorter than a segment")]
     Scratch,
 }
@@ -381,14 +381,14 @@ pub fn validate(
 pub enum Fit {
     /// Send header and packet as they are.
     AsIs,
-    /// Let [`segment`] make packets of it that the peer takes.
+    /// Let [`segment()`] make packets of it that the peer takes.
     NeedsSegmenting,
 }
 
 /// Whether a peer that takes `accepts` takes this packet, by the same rules by which it will [`validate`] it.
 ///
-/// An unusual packet that the peer would have to refuse (a partial checksum of a protocol inside another, a super-packet
-/// of very many tiny segments) is segmented rather than lost.
+/// An unusual packet that the peer would have to refuse (a partial checksum of a protocol inside another, very many tiny
+/// segments) is segmented rather than lost.
 #[inline]
 pub fn fit(hdr: VirtioNetHdr, packet: &[u8], accepts: Offloads) -> Fit {
     if hdr.is_plain() || validate(hdr, packet, accepts).is_ok() {
