@@ -97,6 +97,8 @@ pub struct ServerConfig {
     pub private_key: Option<PathBuf>,
     /// Whether peers may reach each other's inner addresses.
     pub client_to_client: bool,
+    /// A plain HTTP server that answers everyone who is not a client, `http://HOST:PORT`; unset: the built-in page.
+    pub site: Option<String>,
 }
 
 impl Default for ServerConfig {
@@ -116,6 +118,7 @@ impl Default for ServerConfig {
             certificate: None,
             private_key: None,
             client_to_client: false,
+            site: None,
         }
     }
 }
@@ -178,7 +181,20 @@ impl ServerConfig {
             (None, Some(_)) => return invalid("private_key", "needs `certificate` as well"),
             _ => {}
         }
+        if let Some(site) = &self.site {
+            site_authority(site).map_err(|reason| ConfigError::Invalid {
+                key: "site",
+                reason,
+            })?;
+        }
         Ok(())
+    }
+
+    /// `HOST:PORT` of the site behind this server, if there is one.
+    pub fn site_authority(&self) -> Option<String> {
+        self.site
+            .as_deref()
+            .and_then(|site| site_authority(site).ok())
     }
 }
 
@@ -363,6 +379,25 @@ fn validate_workers(workers: Option<usize>) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// `HOST:PORT` out of `http://HOST[:PORT][/]`, or what is wrong with it.
+fn site_authority(url: &str) -> Result<String, String> {
+    let form = || format!("{url:?} is not of the form http://HOST:PORT");
+    let authority = url.strip_prefix("http://").ok_or_else(form)?;
+    let authority = authority.strip_suffix('/').unwrap_or(authority);
+    if authority.is_empty()
+        || authority.contains(['/', '?', '#', '@'])
+        || authority.contains(char::is_whitespace)
+    {
+        return Err(form());
+    }
+    let after_address = authority.rfind(']').map_or(0, |end| end + 1);
+    match authority[after_address..].rsplit_once(':') {
+        None => Ok(format!("{authority}:80")),
+        Some((_, port)) if port.parse::<u16>().is_ok_and(|port| port != 0) => Ok(authority.into()),
+        Some(_) => Err(form()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -400,6 +435,7 @@ mod tests {
             certificate = "/c.pem"
             private_key = "/k.pem"
             client_to_client = true
+            site = "http://127.0.0.1:8080"
             "#,
         )
         .expect("valid");
@@ -409,6 +445,7 @@ mod tests {
         );
         assert_eq!(config.mtu, 1400);
         assert_eq!(config.worker_count(64), 3);
+        assert_eq!(config.site_authority().as_deref(), Some("127.0.0.1:8080"));
         assert!(config.client_to_client);
     }
 
@@ -463,6 +500,9 @@ mod tests {
             ("workers = 0", "workers"),
             ("certificate = \"/c.pem\"", "certificate"),
             ("private_key = \"/k.pem\"", "private_key"),
+            ("site = \"https://example.org\"", "site"),
+            ("site = \"http://example.org/path\"", "site"),
+            ("site = \"http://example.org:0\"", "site"),
         ] {
             let error = server(text).expect_err(text).to_string();
             assert!(error.contains(&format!("`{key}`")), "{text}: {error}");
@@ -474,6 +514,18 @@ mod tests {
         ] {
             let error = client(text).expect_err(text).to_string();
             assert!(error.contains(&format!("`{key}`")), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn site_addresses_get_a_port() {
+        for (url, authority) in [
+            ("http://example.org", "example.org:80"),
+            ("http://example.org:8080/", "example.org:8080"),
+            ("http://[::1]", "[::1]:80"),
+            ("http://[::1]:8080", "[::1]:8080"),
+        ] {
+            assert_eq!(site_authority(url).as_deref(), Ok(authority));
         }
     }
 

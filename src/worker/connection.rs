@@ -1,1 +1,262 @@
-//! connection
+//! One TCP+TLS connection as its worker keeps it.
+
+use super::CloseCause;
+use crate::proto::deframer::Deframer;
+use crate::proto::egress_queue::EgressQueue;
+use crate::proto::http::OffloadHeader;
+use crate::proto::offload::Offloads;
+use crate::proto::packet;
+use crate::proto::route_table::ConnectionRef;
+use crate::proto::timer::Instant;
+use crate::tls::record::RecordLayer;
+use crate::uring::buffer::{Buffer, InFlight};
+use crate::uring::ring::FileSlot;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+/// A peer that owes an answer is asked for one after this.
+pub const UNANSWERED_AFTER: Duration = Duration::from_secs(1);
+/// A silent connection is asked after this.
+pub const IDLE_AFTER: Duration = Duration::from_secs(25);
+/// A ping without a pong for this long means that the path is dead.
+pub const UNRESPONSIVE_AFTER: Duration = Duration::from_secs(3);
+/// After this much silence despite pings the connection is given up.
+pub const DEAD_AFTER: Duration = Duration::from_secs(60);
+/// A connection that was asked to close has this long to flush.
+pub const FLUSH_WITHIN: Duration = Duration::from_millis(500);
+/// A connection without traffic for this long gives its buffers back.
+pub const PARK_AFTER: Duration = Duration::from_secs(1);
+
+/// Inner source addresses that a peer may use.
+#[derive(Clone, Debug)]
+pub enum InnerSources {
+    /// Any: the peer is the server.
+    Any,
+    /// The session's lease.
+    Only(Vec<IpAddr>),
+}
+
+impl InnerSources {
+    /// Whether `packet` may come from the peer.
+    #[inline]
+    pub fn allow(&self, packet: &[u8]) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Only(addresses) => {
+                packet::source(packet).is_some_and(|source| addresses.contains(&source))
+            }
+        }
+    }
+}
+
+/// A packet that waits: `virtio_net_hdr` and packet fill the buffer from `start` on.
+pub(super) struct Outgoing {
+    pub(super) buffer: Buffer,
+    pub(super) start: usize,
+}
+
+impl Outgoing {
+    /// `virtio_net_hdr` and packet.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.buffer.bytes()[self.start..]
+    }
+}
+
+/// Where the receiving side stands.
+pub(super) enum Receive {
+    /// Nothing is armed; `spilled` may hold bytes.
+    Parked,
+    /// Armed without memory: the connection is idle.
+    Polling,
+    /// A read is parked in the kernel.
+    Reading(InFlight),
+    /// Ciphertext from `start` on waits, because packet memory is short.
+    Stalled { chunk: Buffer, start: usize },
+}
+
+/// A write of sealed records.
+pub(super) struct Sending {
+    pub(super) chunk: InFlight,
+    /// Bytes already taken by the socket.
+    pub(super) sent: usize,
+    /// Bytes in the chunk.
+    pub(super) total: usize,
+}
+
+/// How far the end has come.
+pub(super) enum Life {
+    /// Working.
+    Open,
+    /// Flushing what is sealed; after the deadline no more.
+    Closing {
+        cause: CloseCause,
+        deadline: Instant,
+        /// The reason and close_notify are sealed.
+        said_goodbye: bool,
+    },
+    /// Shut down; waiting until the kernel has let go of everything.
+    Draining { cause: CloseCause },
+}
+
+/// Times that the keepalive goes by.
+pub(super) struct Clock {
+    pub(super) received: Instant,
+    pub(super) sent: Instant,
+    /// First send after the last receipt.
+    pub(super) unanswered_since: Option<Instant>,
+    pub(super) pinged: Option<Instant>,
+    /// Whether control was told of the present silence.
+    pub(super) reported: bool,
+}
+
+/// What the keepalive asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Due {
+    Nothing,
+    Ping,
+    Report,
+    GiveUp,
+}
+
+impl Clock {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            received: now,
+            sent: now,
+            unanswered_since: None,
+            pinged: None,
+            reported: false,
+        }
+    }
+
+    pub(super) fn on_received(&mut self, now: Instant) {
+        self.received = now;
+        self.unanswered_since = None;
+        self.pinged = None;
+        self.reported = false;
+    }
+
+    pub(super) fn on_sent(&mut self, now: Instant) {
+        self.sent = now;
+        self.unanswered_since.get_or_insert(now);
+    }
+
+    /// What is due, and marks it as done.
+    pub(super) fn due(&mut self, now: Instant) -> Due {
+        let since = |then: Instant| now.since(then);
+        if let Some(pinged) = self.pinged {
+            return if since(self.received) >= DEAD_AFTER && since(pinged) >= UNRESPONSIVE_AFTER {
+                Due::GiveUp
+            } else if !self.reported && since(pinged) >= UNRESPONSIVE_AFTER {
+                self.reported = true;
+                Due::Report
+            } else {
+                Due::Nothing
+            };
+        }
+        let unanswered = self
+            .unanswered_since
+            .is_some_and(|first| since(first) >= UNANSWERED_AFTER);
+        let idle = since(self.received.max(self.sent)) >= IDLE_AFTER;
+        if unanswered || idle {
+            self.pinged = Some(now);
+            Due::Ping
+        } else {
+            Due::Nothing
+        }
+    }
+}
+
+/// The state of one connection.
+pub(super) struct Connection {
+    pub(super) reference: ConnectionRef,
+    pub(super) socket: OwnedFd,
+    pub(super) file: FileSlot,
+    pub(super) records: RecordLayer,
+    pub(super) inner_sources: InnerSources,
+    pub(super) offload: Option<OffloadHeader>,
+    pub(super) accepts: Offloads,
+    pub(super) life: Life,
+    pub(super) clock: Clock,
+    /// Operations that the kernel still holds.
+    pub(super) in_flight: u32,
+
+    // inbound
+    pub(super) receive: Receive,
+    /// A cancellation of the parked read is under way.
+    pub(super) parking: bool,
+    pub(super) deframer: Deframer,
+    /// Plaintext of an unfinished capsule.
+    pub(super) plaintext: Option<Buffer>,
+    /// Ciphertext and plaintext kept outside the pool while parked (short by nature: part of a record, of a capsule).
+    pub(super) spilled_ciphertext: Vec<u8>,
+    pub(super) spilled_plaintext: Vec<u8>,
+
+    // outbound
+    pub(super) queue: EgressQueue<Outgoing>,
+    /// Taken from the queue, but the chunk had no room.
+    pub(super) next: Option<Outgoing>,
+    /// Encoded capsules that go ahead of packets.
+    pub(super) capsules: Vec<u8>,
+    /// Sealed records that wait for the socket.
+    pub(super) fill: Option<Buffer>,
+    pub(super) sending: Option<Sending>,
+    /// In the worker's list of connections to be pumped.
+    pub(super) dirty: bool,
+}
+
+impl Connection {
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self.life, Life::Open)
+    }
+
+    /// Whether a packet queued now would wait for the socket.
+    pub(super) fn is_backed_up(&self) -> bool {
+        self.next.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(milliseconds: u64) -> Instant {
+        Instant::from_nanos(milliseconds * 1_000_000)
+    }
+
+    #[test]
+    fn unanswered_traffic_is_asked_about_within_a_second_and_reported() {
+        let mut clock = Clock::new(at(0));
+        clock.on_sent(at(100));
+        assert_eq!(clock.due(at(600)), Due::Nothing);
+        assert_eq!(clock.due(at(1100)), Due::Ping);
+        assert_eq!(clock.due(at(1600)), Due::Nothing);
+        assert_eq!(clock.due(at(4100)), Due::Report);
+        assert_eq!(clock.due(at(4600)), Due::Nothing);
+        assert_eq!(clock.due(at(60_100)), Due::GiveUp);
+        clock.on_received(at(60_200));
+        assert_eq!(clock.due(at(60_300)), Due::Nothing);
+    }
+
+    #[test]
+    fn an_idle_connection_is_asked_every_25_seconds() {
+        let mut clock = Clock::new(at(0));
+        assert_eq!(clock.due(at(24_999)), Due::Nothing);
+        assert_eq!(clock.due(at(25_000)), Due::Ping);
+        clock.on_sent(at(25_000));
+        clock.on_received(at(25_040));
+        assert_eq!(clock.due(at(50_000)), Due::Nothing);
+        assert_eq!(clock.due(at(50_040)), Due::Ping);
+    }
+
+    #[test]
+    fn answered_traffic_is_not_asked_about() {
+        let mut clock = Clock::new(at(0));
+        for second in 1..20 {
+            clock.on_sent(at(second * 1000));
+            clock.on_received(at(second * 1000 + 40));
+            assert_eq!(clock.due(at(second * 1000 + 500)), Due::Nothing);
+        }
+    }
+}

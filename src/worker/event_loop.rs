@@ -1,1 +1,515 @@
-//! event_loop
+//! The turn of a worker: reap everything, act on it, submit once.
+
+use super::connection::{Clock, Connection, Due, FLUSH_WITHIN, Life, PARK_AFTER, Receive};
+use super::{
+    CloseCause, Command, Event, Handoff, Inlet, STOP_GRACE, WorkerError, WorkerInfo, WorkerSetup,
+};
+use crate::proto::capsule::{Capsule, CloseReason};
+use crate::proto::deframer::Deframer;
+use crate::proto::egress_queue::EgressQueue;
+use crate::proto::offload::Offloads;
+use crate::proto::route_table::{ConnectionRef, RouteTable};
+use crate::proto::timer::Instant;
+use crate::stats::WorkerCounters;
+use crate::tls::record::RECORD_PLAINTEXT_BYTES_MAX;
+use crate::uring::buffer::{BUDGET_BYTES_MIN, Buffer, InFlight, Piece, Pool};
+use crate::uring::ring::{Completion, FileSlot, Ring};
+use crate::uring::token::{Operation, Token};
+use nix::errno::Errno;
+use nix::sys::socket::{Shutdown, shutdown};
+use slab::Slab;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Registered files at most; the table is smaller when RLIMIT_NOFILE is.
+const FILES_MAX: u64 = 16 * 1024;
+/// The housekeeping period.
+const TICK: Duration = Duration::from_millis(500);
+/// The period while stopping.
+const TICK_STOPPING: Duration = Duration::from_millis(20);
+
+/// Slot of the worker's own bell.
+pub(super) const BELL: FileSlot = FileSlot(0);
+/// Slot of the TUN queue.
+pub(super) const TUN: FileSlot = FileSlot(1);
+/// Slot of the first worker's bell.
+const FIRST_PEER: u32 = 2;
+
+/// How the reading of the TUN queue stands.
+pub(super) struct TunQueue {
+    /// Keeps the queue attached; the ring uses its registered slot.
+    _fd: OwnedFd,
+    pub(super) offloads: Offloads,
+    /// Reads in the kernel, by slot.
+    pub(super) reads: Slab<InFlight>,
+    /// Packets in the kernel, by slot.
+    pub(super) writes: Slab<Piece>,
+    pub(super) polling: bool,
+    /// The last batch found the queue dry.
+    pub(super) dry: bool,
+    /// Reads in the next batch.
+    pub(super) batch: usize,
+    /// Packets that the present batch brought.
+    pub(super) yielded: usize,
+    /// The kernel takes RWF_NOWAIT on this file.
+    pub(super) nowait: bool,
+}
+
+/// One worker. The methods on the packet path are in `outbound.rs` and `inbound.rs`.
+pub(super) struct Worker {
+    pub(super) index: usize,
+    pub(super) ring: Ring,
+    pub(super) pool: Pool,
+    pub(super) tun: TunQueue,
+    /// By control's slot numbers.
+    pub(super) connections: Vec<Option<Box<Connection>>>,
+    pub(super) routes: Arc<RouteTable>,
+    pub(super) inlets: Arc<[Arc<Inlet>]>,
+    pub(super) counters: Arc<WorkerCounters>,
+    pub(super) queue_bytes_max: usize,
+    /// Connections with something to seal or send.
+    pub(super) dirty: Vec<usize>,
+    /// Connections that wait for packet or chunk memory on the inbound side.
+    pub(super) starved: Vec<usize>,
+    /// Small packets of one connection on their way into one record.
+    pub(super) staging: Vec<u8>,
+    /// Segments made in software.
+    pub(super) scratch: Vec<u8>,
+    pub(super) now: Instant,
+    epoch: std::time::Instant,
+    events: tokio::sync::mpsc::UnboundedSender<Event>,
+    buffers_registered: bool,
+    stopping: Option<Instant>,
+}
+
+impl Worker {
+    pub(super) fn new(
+        index: usize,
+        setup: WorkerSetup,
+        inlets: Arc<[Arc<Inlet>]>,
+        events: tokio::sync::mpsc::UnboundedSender<Event>,
+        counters: Arc<WorkerCounters>,
+    ) -> Result<Self, WorkerError> {
+        let files = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+            .map_or(1024, |(soft, _)| soft)
+            .min(FILES_MAX);
+        let mut ring = Ring::new(files as u32)?;
+        let (pool, buffers_registered) = packet_memory(&mut ring, setup.buffer_bytes)?;
+        ring.register_file(BELL, inlets[index].bell.as_fd())
+            .map_err(WorkerError::File)?;
+        ring.register_file(TUN, setup.tun.as_fd())
+            .map_err(WorkerError::File)?;
+        for (peer, inlet) in inlets.iter().enumerate() {
+            ring.register_file(FileSlot(FIRST_PEER + peer as u32), inlet.bell.as_fd())
+                .map_err(WorkerError::File)?;
+        }
+        Ok(Self {
+            index,
+            ring,
+            pool,
+            tun: TunQueue {
+                _fd: setup.tun,
+                offloads: setup.tun_offloads,
+                reads: Slab::new(),
+                writes: Slab::new(),
+                polling: false,
+                dry: true,
+                batch: 1,
+                yielded: 0,
+                nowait: true,
+            },
+            connections: Vec::new(),
+            routes: Arc::new(RouteTable::empty()),
+            inlets,
+            counters,
+            queue_bytes_max: setup.queue_bytes_max,
+            dirty: Vec::new(),
+            starved: Vec::new(),
+            staging: Vec::with_capacity(RECORD_PLAINTEXT_BYTES_MAX),
+            scratch: vec![0; usize::from(u16::MAX)],
+            now: Instant::from_nanos(0),
+            epoch: std::time::Instant::now(),
+            events,
+            buffers_registered,
+            stopping: None,
+        })
+    }
+
+    pub(super) fn info(&self) -> WorkerInfo {
+        WorkerInfo {
+            set_up: self.ring.set_up(),
+            buffer_bytes: self.pool.bytes(),
+            buffers_registered: self.buffers_registered,
+        }
+    }
+
+    /// Works until told to stop.
+    pub(super) fn run(&mut self) -> Result<(), WorkerError> {
+        let mut completions = Vec::with_capacity(1024);
+        self.ring
+            .wait_for_wake(BELL, Token::single(Operation::Wake));
+        self.ring.tick(TICK, Token::single(Operation::Tick));
+        self.read_tun();
+        while !self.is_done() {
+            self.ring
+                .submit_and_reap(&mut completions)
+                .map_err(WorkerError::Enter)?;
+            self.now = Instant::from_nanos(self.epoch.elapsed().as_nanos() as u64);
+            self.counters.turns.add(1);
+            for completion in completions.drain(..) {
+                self.on_completion(completion)?;
+            }
+            self.feed_starved();
+            self.pump_dirty();
+            self.read_tun();
+        }
+        Ok(())
+    }
+
+    fn on_completion(&mut self, completion: Completion) -> Result<(), WorkerError> {
+        match completion.token.operation {
+            Operation::TunPoll => {
+                self.tun.polling = false;
+                self.tun.dry = false;
+            }
+            Operation::TunRead => self.on_tun_read(completion)?,
+            Operation::TunWrite => self.on_tun_written(completion),
+            Operation::Wake => {
+                self.on_wake();
+                self.ring
+                    .wait_for_wake(BELL, Token::single(Operation::Wake));
+            }
+            Operation::Tick => self.on_tick(),
+            Operation::WakePeer => {}
+            Operation::ConnectionPoll
+            | Operation::ConnectionRead
+            | Operation::ConnectionWrite
+            | Operation::Cancel => self.on_connection_completion(completion),
+        }
+        Ok(())
+    }
+
+    /// A connection outlives its operations (`Life::Draining`), so its slot is always its own here.
+    fn on_connection_completion(&mut self, completion: Completion) {
+        let slot = completion.token.slot as usize;
+        let connection = self
+            .connections
+            .get_mut(slot)
+            .and_then(Option::as_deref_mut)
+            .filter(|connection| completion.token.is_of(connection.reference.generation));
+        let Some(connection) = connection else {
+            tracing::error!("a completion for a connection that is gone: {completion:?}");
+            return;
+        };
+        connection.in_flight -= 1;
+        match completion.token.operation {
+            Operation::ConnectionPoll => self.on_readable(slot),
+            Operation::ConnectionRead => self.on_received(slot, completion),
+            Operation::ConnectionWrite => self.on_sent(slot, completion),
+            _ => {
+                if let Some(connection) = self.connection(slot) {
+                    connection.parking = false;
+                }
+            }
+        }
+        self.finish_if_drained(slot);
+    }
+
+    /// The connection in `slot`, whatever its life.
+    pub(super) fn connection(&mut self, slot: usize) -> Option<&mut Connection> {
+        self.connections
+            .get_mut(slot)
+            .and_then(Option::as_deref_mut)
+    }
+
+    /// Takes the connection out of its slot, so that it and the worker can be used side by side. Every caller puts
+    /// it back by [`Worker::put_back`].
+    pub(super) fn take_out(&mut self, slot: usize) -> Option<Box<Connection>> {
+        self.connections.get_mut(slot).and_then(Option::take)
+    }
+
+    pub(super) fn put_back(&mut self, slot: usize, connection: Box<Connection>) {
+        self.connections[slot] = Some(connection);
+    }
+
+    /// The slot of a connection that is there and open.
+    pub(super) fn slot_of(&mut self, reference: ConnectionRef) -> Option<usize> {
+        let slot = reference.slot as usize;
+        self.connection(slot)
+            .is_some_and(|connection| {
+                connection.reference.generation == reference.generation && connection.is_open()
+            })
+            .then_some(slot)
+    }
+
+    /// The slot that wakes worker `index`.
+    pub(super) fn peer_bell(index: u16) -> FileSlot {
+        FileSlot(FIRST_PEER + u32::from(index))
+    }
+
+    pub(super) fn tell_control(&self, event: Event) {
+        // Control drops the receiver only when the process ends.
+        let _ = self.events.send(event);
+    }
+
+    pub(super) fn mark_dirty(&mut self, slot: usize) {
+        if let Some(connection) = self.connection(slot)
+            && !connection.dirty
+        {
+            connection.dirty = true;
+            self.dirty.push(slot);
+        }
+    }
+
+    fn on_wake(&mut self) {
+        let inlet = Arc::clone(&self.inlets[self.index]);
+        inlet.mailbox.look();
+        while let Some(command) = inlet.commands.pop() {
+            match command {
+                Command::Add(handoff) => self.add(*handoff),
+                Command::Routes(routes) => self.routes = routes,
+                Command::Send(reference, capsules) => {
+                    if let Some(slot) = self.slot_of(reference)
+                        && let Some(connection) = self.connection(slot)
+                    {
+                        connection.capsules.extend_from_slice(&capsules);
+                        self.mark_dirty(slot);
+                    }
+                }
+                Command::Close(reference, reason) => {
+                    if let Some(slot) = self.slot_of(reference) {
+                        self.close(slot, CloseCause::Asked, reason);
+                    }
+                }
+                Command::Stop(reason) => self.stop(reason),
+            }
+        }
+        while let Some(handover) = inlet.mailbox.take() {
+            self.take_over(&handover);
+            inlet.mailbox.give_back(handover);
+        }
+    }
+
+    fn add(&mut self, handoff: Handoff) {
+        let reference = handoff.connection;
+        let slot = reference.slot as usize;
+        let file = FileSlot(FIRST_PEER + self.inlets.len() as u32 + reference.slot);
+        if let Err(error) = self.ring.register_file(file, handoff.socket.as_fd()) {
+            self.tell_control(Event::Closed {
+                connection: reference,
+                cause: CloseCause::Failed(error),
+            });
+            return;
+        }
+        let connection = Connection {
+            reference,
+            socket: handoff.socket,
+            file,
+            records: handoff.established.records,
+            inner_sources: handoff.inner_sources,
+            offload: handoff.offload,
+            accepts: handoff.accepts,
+            life: Life::Open,
+            clock: Clock::new(self.now),
+            in_flight: 0,
+            receive: Receive::Parked,
+            parking: false,
+            deframer: Deframer::new(),
+            plaintext: None,
+            spilled_ciphertext: handoff.established.ciphertext,
+            spilled_plaintext: handoff.established.plaintext,
+            queue: EgressQueue::new(self.queue_bytes_max),
+            next: None,
+            capsules: Vec::new(),
+            fill: None,
+            sending: None,
+            dirty: false,
+        };
+        if self.connections.len() <= slot {
+            self.connections.resize_with(slot + 1, || None);
+        }
+        self.connections[slot] = Some(Box::new(connection));
+        // Whatever came with the handshake is looked at first; then the connection goes idle by itself.
+        self.on_readable(slot);
+    }
+
+    /// Begins the end of a connection: what is sealed, the reason and close_notify are flushed first.
+    pub(super) fn close(&mut self, slot: usize, cause: CloseCause, reason: Option<CloseReason>) {
+        let deadline = self.now + FLUSH_WITHIN;
+        let Some(connection) = self.connection(slot) else {
+            return;
+        };
+        if !connection.is_open() {
+            return;
+        }
+        if let Some(reason) = reason {
+            Capsule::Close(reason).encode(&mut connection.capsules);
+        }
+        let flushable = matches!(
+            cause,
+            CloseCause::Asked | CloseCause::PeerClosed | CloseCause::Misbehaved(_)
+        );
+        connection.life = Life::Closing {
+            cause,
+            deadline,
+            said_goodbye: false,
+        };
+        let waiting: Vec<_> = connection.next.take().into_iter().collect();
+        let waiting = waiting.into_iter().chain(connection.queue.drain());
+        let waiting: Vec<Buffer> = waiting.map(|outgoing| outgoing.buffer).collect();
+        for buffer in waiting {
+            self.pool.release(buffer);
+        }
+        if flushable {
+            self.mark_dirty(slot);
+        } else {
+            self.shut(slot);
+        }
+    }
+
+    /// Shuts the socket down, which makes the kernel complete whatever it holds of it.
+    pub(super) fn shut(&mut self, slot: usize) {
+        let Some(connection) = self.connection(slot) else {
+            return;
+        };
+        match std::mem::replace(&mut connection.life, Life::Open) {
+            Life::Closing { cause, .. } => {
+                connection.life = Life::Draining { cause };
+                // ENOTCONN: the peer was faster.
+                let _ = shutdown(connection.socket.as_raw_fd(), Shutdown::Both);
+            }
+            life => connection.life = life,
+        }
+        self.finish_if_drained(slot);
+    }
+
+    fn finish_if_drained(&mut self, slot: usize) {
+        let drained = self.connection(slot).is_some_and(|connection| {
+            connection.in_flight == 0 && matches!(connection.life, Life::Draining { .. })
+        });
+        if !drained {
+            return;
+        }
+        let Some(connection) = self.take_out(slot) else {
+            return;
+        };
+        let connection = *connection;
+        if let Err(error) = self.ring.unregister_file(connection.file) {
+            tracing::warn!("cannot take a socket from io_uring: {error}");
+        }
+        let receive = match connection.receive {
+            Receive::Stalled { chunk, .. } => Some(chunk),
+            _ => None,
+        };
+        for buffer in [receive, connection.plaintext, connection.fill]
+            .into_iter()
+            .flatten()
+        {
+            self.pool.release(buffer);
+        }
+        if let Life::Draining { cause } = connection.life {
+            self.tell_control(Event::Closed {
+                connection: connection.reference,
+                cause,
+            });
+        }
+    }
+
+    fn on_tick(&mut self) {
+        let period = if self.stopping.is_some() {
+            TICK_STOPPING
+        } else {
+            TICK
+        };
+        self.ring.tick(period, Token::single(Operation::Tick));
+        for slot in 0..self.connections.len() {
+            self.tick_connection(slot);
+        }
+    }
+
+    fn tick_connection(&mut self, slot: usize) {
+        let now = self.now;
+        let Some(connection) = self.connection(slot) else {
+            return;
+        };
+        match &connection.life {
+            Life::Open => {}
+            Life::Closing { deadline, .. } => {
+                if now >= *deadline {
+                    self.shut(slot);
+                }
+                return;
+            }
+            Life::Draining { .. } => return,
+        }
+        let quiet = now.since(connection.clock.received) >= PARK_AFTER;
+        if quiet && !connection.parking && matches!(connection.receive, Receive::Reading(_)) {
+            connection.parking = true;
+            connection.in_flight += 1;
+            let generation = connection.reference.generation;
+            let token = |operation| Token::new(operation, slot as u32, generation);
+            self.ring
+                .cancel(token(Operation::ConnectionRead), token(Operation::Cancel));
+        }
+        let Some(connection) = self.connection(slot) else {
+            return;
+        };
+        if connection.offload.is_none() {
+            // A foreign client knows nothing of PING; TCP_USER_TIMEOUT watches over it.
+            return;
+        }
+        let reference = connection.reference;
+        match connection.clock.due(now) {
+            Due::Nothing => {}
+            Due::Ping => {
+                Capsule::Ping(now.as_nanos().to_be_bytes()).encode(&mut connection.capsules);
+                self.mark_dirty(slot);
+            }
+            Due::Report => self.tell_control(Event::Unresponsive {
+                connection: reference,
+            }),
+            Due::GiveUp => self.close(slot, CloseCause::TimedOut, None),
+        }
+        // Sealed by the pump of this very turn.
+    }
+
+    fn stop(&mut self, reason: Option<CloseReason>) {
+        self.stopping = Some(self.now + STOP_GRACE);
+        for slot in 0..self.connections.len() {
+            self.close(slot, CloseCause::Asked, reason);
+        }
+        self.ring
+            .tick(TICK_STOPPING, Token::single(Operation::Tick));
+    }
+
+    fn is_done(&self) -> bool {
+        self.stopping.is_some_and(|deadline| {
+            self.now >= deadline || self.connections.iter().all(Option::is_none)
+        })
+    }
+}
+
+/// Maps and registers `bytes` of packet memory. RLIMIT_MEMLOCK may not allow so much: it is halved down to
+/// [`BUDGET_BYTES_MIN`] and at last used without registration.
+fn packet_memory(ring: &mut Ring, bytes: usize) -> Result<(Pool, bool), WorkerError> {
+    let mut budget = bytes.max(BUDGET_BYTES_MIN);
+    let failed = |bytes| move |source| WorkerError::Memory { bytes, source };
+    loop {
+        let pool = Pool::new(budget).map_err(failed(budget))?;
+        if ring.register_pool(&pool).map_err(failed(budget))? {
+            return Ok((pool, true));
+        }
+        if budget == BUDGET_BYTES_MIN {
+            tracing::info!("RLIMIT_MEMLOCK allows no registered buffers: using plain ones");
+            return Ok((pool, false));
+        }
+        pool.unmap();
+        budget = (budget / 2).max(BUDGET_BYTES_MIN);
+    }
+}
+
+/// Errors after which a socket is as good as closed by the peer.
+pub(super) fn is_hang_up(error: Errno) -> bool {
+    matches!(error, Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN)
+}

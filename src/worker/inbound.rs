@@ -1,1 +1,508 @@
-//! inbound
+//! TCP to TUN, in the order that a packet takes.
+
+use super::connection::{Connection, Life, Receive};
+use super::event_loop::{TUN, Worker};
+use super::{CloseCause, Event};
+use crate::proto::capsule::Capsule;
+use crate::proto::deframer::{CAPSULE_BYTES_MAX, Frame};
+use crate::proto::offload::{self, Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
+use crate::proto::packet;
+use crate::tls::record::{
+    ContentType, RECORD_HEADER_BYTES, RECORD_PLAINTEXT_BYTES_MAX, Signal, record_bytes,
+};
+use crate::uring::buffer::{Buffer, Class, PACKET_SLOT_BYTES, Piece, SMALL_SLOT_BYTES};
+use crate::uring::ring::{Completion, WhenDry};
+use crate::uring::token::{Operation, Token};
+use nix::errno::Errno;
+use std::ops::Range;
+
+/// A read is not parked with less room than this.
+const READ_BYTES_MIN: usize = 64 * 1024;
+/// One opened record, with its content type and padding.
+const OPENED_BYTES_MAX: usize = RECORD_PLAINTEXT_BYTES_MAX + 1;
+/// A packet buffer takes further records while no more than this of it is used by finished capsules.
+const REUSE_BYTES_MAX: usize = 8000;
+
+// An unfinished capsule that starts below the limit, and one more record, always fit.
+const _: () = assert!(REUSE_BYTES_MAX + CAPSULE_BYTES_MAX + OPENED_BYTES_MAX <= PACKET_SLOT_BYTES);
+
+/// Why a connection cannot go on.
+enum Stop {
+    /// close_notify, or the end of the stream.
+    PeerClosed,
+    /// Not what the protocol says.
+    Misbehaved(String),
+}
+
+/// How far the processing of a chunk came.
+enum Progress {
+    /// Everything whole was processed; the rest starts here.
+    Through(usize),
+    /// Packet memory is short; the rest starts here.
+    Stalled(usize),
+    Stop(Stop),
+}
+
+fn misbehaved(error: impl std::fmt::Display) -> Stop {
+    Stop::Misbehaved(error.to_string())
+}
+
+impl Worker {
+    /// An idle connection has something to read, or has just arrived.
+    pub(super) fn on_readable(&mut self, slot: usize) {
+        let Some(connection) = self.connection(slot) else {
+            return;
+        };
+        if matches!(connection.life, Life::Draining { .. }) {
+            return;
+        }
+        connection.receive = Receive::Parked;
+        let Some(mut chunk) = self.pool.take(Class::Chunk) else {
+            self.starved.push(slot);
+            return;
+        };
+        let Some(mut connection) = self.take_out(slot) else {
+            return;
+        };
+        if connection.spilled_ciphertext.len() > chunk.capacity() - READ_BYTES_MIN {
+            self.pool.release(chunk);
+            self.put_back(slot, connection);
+            let cause = CloseCause::Misbehaved("too much came with the handshake".into());
+            self.close(slot, cause, None);
+            return;
+        }
+        chunk.append(&std::mem::take(&mut connection.spilled_ciphertext));
+        self.put_back(slot, connection);
+        self.process(slot, chunk, 0);
+    }
+
+    /// Step 1: a parked read is over.
+    pub(super) fn on_received(&mut self, slot: usize, completion: Completion) {
+        let now = self.now;
+        let Some(connection) = self.connection(slot) else {
+            return;
+        };
+        let receive = std::mem::replace(&mut connection.receive, Receive::Parked);
+        let Receive::Reading(in_flight) = receive else {
+            connection.receive = receive;
+            return;
+        };
+        let mut chunk = in_flight.land(&completion);
+        if matches!(connection.life, Life::Draining { .. }) {
+            self.pool.release(chunk);
+            return;
+        }
+        match completion.result() {
+            Ok(0) => {
+                self.pool.release(chunk);
+                self.close(slot, CloseCause::PeerClosed, None);
+            }
+            Ok(bytes) => {
+                chunk.fill(bytes);
+                connection.clock.on_received(now);
+                self.process(slot, chunk, 0);
+            }
+            Err(Errno::ECANCELED) => self.park(slot, chunk),
+            Err(Errno::EINTR | Errno::EAGAIN) => self.process(slot, chunk, 0),
+            Err(error) => {
+                self.pool.release(chunk);
+                self.fail(slot, error);
+            }
+        }
+    }
+
+    /// Gives an idle connection's memory back and waits for readiness only.
+    fn park(&mut self, slot: usize, chunk: Buffer) {
+        let Some(mut connection) = self.take_out(slot) else {
+            return;
+        };
+        connection
+            .spilled_ciphertext
+            .extend_from_slice(chunk.bytes());
+        self.pool.release(chunk);
+        if let Some(plaintext) = connection.plaintext.take() {
+            connection
+                .spilled_plaintext
+                .extend_from_slice(plaintext.bytes());
+            self.pool.release(plaintext);
+        }
+        self.poll_connection(&mut connection);
+        self.put_back(slot, connection);
+    }
+
+    fn poll_connection(&mut self, connection: &mut Connection) {
+        let reference = connection.reference;
+        let token = Token::new(
+            Operation::ConnectionPoll,
+            reference.slot,
+            reference.generation,
+        );
+        self.ring.poll_input(connection.file, token);
+        connection.in_flight += 1;
+        connection.receive = Receive::Polling;
+    }
+
+    /// Goes on where memory was short.
+    pub(super) fn feed_starved(&mut self) {
+        for slot in std::mem::take(&mut self.starved) {
+            let Some(connection) = self.connection(slot) else {
+                continue;
+            };
+            match std::mem::replace(&mut connection.receive, Receive::Parked) {
+                Receive::Stalled { chunk, start } => self.process(slot, chunk, start),
+                Receive::Parked => self.on_readable(slot),
+                receive => connection.receive = receive,
+            }
+            self.mark_dirty(slot);
+        }
+    }
+
+    /// Steps 2 to 4 for all whole records in the chunk, then the next read.
+    fn process(&mut self, slot: usize, mut chunk: Buffer, start: usize) {
+        let Some(mut connection) = self.take_out(slot) else {
+            self.pool.release(chunk);
+            return;
+        };
+        let progress = if connection.is_open() {
+            self.open_records(&mut connection, &chunk, start)
+        } else {
+            Progress::Through(chunk.filled()) // Nobody is interested any more.
+        };
+        let mut stop = None;
+        match progress {
+            Progress::Through(start) => {
+                // Less than a record is left, so a full read always fits behind it.
+                chunk.discard_front(start);
+                self.receive_more(&mut connection, chunk);
+            }
+            Progress::Stalled(start) => {
+                connection.receive = Receive::Stalled { chunk, start };
+                self.starved.push(slot);
+            }
+            Progress::Stop(reason) => {
+                self.pool.release(chunk);
+                stop = Some(reason);
+            }
+        }
+        if let Some(plaintext) = connection
+            .plaintext
+            .take_if(|plaintext| plaintext.bytes().is_empty())
+        {
+            self.pool.release(plaintext);
+        }
+        self.put_back(slot, connection);
+        match stop {
+            None => {}
+            Some(Stop::PeerClosed) => self.close(slot, CloseCause::PeerClosed, None),
+            Some(Stop::Misbehaved(what)) => {
+                self.close(slot, CloseCause::Misbehaved(what), None);
+            }
+        }
+    }
+
+    /// Parks the next read, or only polls while chunks are short.
+    fn receive_more(&mut self, connection: &mut Connection, chunk: Buffer) {
+        let short = self.pool.free(Class::Chunk) < self.pool.slots(Class::Chunk) / 3;
+        if short && chunk.filled() == 0 {
+            self.pool.release(chunk);
+            self.poll_connection(connection);
+            return;
+        }
+        let reference = connection.reference;
+        let token = Token::new(
+            Operation::ConnectionRead,
+            reference.slot,
+            reference.generation,
+        );
+        let range = chunk.filled()..chunk.capacity();
+        connection.in_flight += 1;
+        connection.receive =
+            Receive::Reading(
+                self.ring
+                    .read(connection.file, chunk, range, WhenDry::Wait, token),
+            );
+    }
+
+    /// Step 2: opens record after record into the packet buffer.
+    fn open_records(
+        &mut self,
+        connection: &mut Connection,
+        chunk: &Buffer,
+        mut start: usize,
+    ) -> Progress {
+        if !connection.spilled_plaintext.is_empty() {
+            let spilled = connection.spilled_plaintext.len();
+            match self.plaintext_with_room(connection, spilled) {
+                None => return Progress::Stalled(start),
+                Some(mut plaintext) => {
+                    plaintext.append(&connection.spilled_plaintext);
+                    connection.spilled_plaintext.clear();
+                    let delivered = self.deliver(connection, &mut plaintext);
+                    connection.plaintext = Some(plaintext);
+                    if let Err(stop) = delivered {
+                        return Progress::Stop(stop);
+                    }
+                }
+            }
+        }
+        loop {
+            let stream = &chunk.bytes()[start..];
+            let record = match record_bytes(stream) {
+                Ok(Some(bytes)) if bytes <= stream.len() => &stream[..bytes],
+                Ok(_) => return Progress::Through(start),
+                Err(error) => return Progress::Stop(misbehaved(error)),
+            };
+            let opened_bytes_max = record.len() - RECORD_HEADER_BYTES;
+            let Some(mut plaintext) = self.plaintext_with_room(connection, opened_bytes_max) else {
+                return Progress::Stalled(start);
+            };
+            start += record.len();
+            let outcome = self.open_record(connection, record, &mut plaintext);
+            connection.plaintext = Some(plaintext);
+            if let Err(stop) = outcome {
+                return Progress::Stop(stop);
+            }
+        }
+    }
+
+    /// The connection's packet buffer with room for `bytes` more; an unfinished capsule moves into a fresh one if the
+    /// present one is used up.
+    fn plaintext_with_room(&mut self, connection: &mut Connection, bytes: usize) -> Option<Buffer> {
+        match connection.plaintext.take() {
+            None => self.pool.take(Class::Packet),
+            Some(plaintext) if plaintext.bytes().is_empty() => {
+                if plaintext.filled() <= REUSE_BYTES_MAX {
+                    return Some(plaintext);
+                }
+                self.pool.release(plaintext);
+                self.pool.take(Class::Packet)
+            }
+            Some(plaintext) if plaintext.room() >= bytes => Some(plaintext),
+            Some(plaintext) => {
+                let Some(mut fresh) = self.pool.take(Class::Packet) else {
+                    connection.plaintext = Some(plaintext);
+                    return None;
+                };
+                fresh.append(plaintext.bytes());
+                self.pool.release(plaintext);
+                Some(fresh)
+            }
+        }
+    }
+
+    fn open_record(
+        &mut self,
+        connection: &mut Connection,
+        record: &[u8],
+        plaintext: &mut Buffer,
+    ) -> Result<(), Stop> {
+        let opened = connection
+            .records
+            .open(record, plaintext.tail_mut())
+            .map_err(misbehaved)?;
+        if opened.content_type == ContentType::ApplicationData {
+            plaintext.fill(opened.bytes);
+            return self.deliver(connection, plaintext);
+        }
+        let body = &plaintext.tail_mut()[..opened.bytes];
+        match connection
+            .records
+            .handle(opened.content_type, body)
+            .map_err(misbehaved)?
+        {
+            Signal::None => Ok(()),
+            Signal::ReplyKeyUpdate => {
+                self.wants_pump(connection);
+                Ok(())
+            }
+            Signal::CloseNotify => Err(Stop::PeerClosed),
+        }
+    }
+
+    /// The connection is taken out: its place in the list is found again by the pump.
+    fn wants_pump(&mut self, connection: &mut Connection) {
+        if !connection.dirty {
+            connection.dirty = true;
+            self.dirty.push(connection.reference.slot as usize);
+        }
+    }
+
+    /// Step 3: cuts capsules out of the packet buffer.
+    fn deliver(&mut self, connection: &mut Connection, plaintext: &mut Buffer) -> Result<(), Stop> {
+        loop {
+            match connection
+                .deframer
+                .next(plaintext.bytes())
+                .map_err(misbehaved)?
+            {
+                Frame::Incomplete => return Ok(()),
+                Frame::Datagram {
+                    context,
+                    payload,
+                    end,
+                } => self.deliver_datagram(connection, plaintext, context, payload, end),
+                Frame::Control { kind, value, end } => {
+                    let capsule =
+                        Capsule::decode(kind, &plaintext.bytes()[value]).map_err(misbehaved)?;
+                    self.pool.skip(plaintext, end);
+                    self.on_capsule(connection, capsule);
+                }
+                Frame::Skipped { end } => self.pool.skip(plaintext, end),
+            }
+        }
+    }
+
+    fn on_capsule(&mut self, connection: &mut Connection, capsule: Option<Capsule>) {
+        match capsule {
+            None => {}
+            Some(Capsule::Ping(payload)) => {
+                Capsule::Pong(payload).encode(&mut connection.capsules);
+                self.wants_pump(connection);
+            }
+            // Any receipt stops the keepalive's clock; the pong has done so already.
+            Some(Capsule::Pong(_)) => {}
+            Some(capsule) => self.tell_control(Event::Capsule {
+                connection: connection.reference,
+                capsule,
+            }),
+        }
+    }
+
+    fn deliver_datagram(
+        &mut self,
+        connection: &Connection,
+        plaintext: &mut Buffer,
+        context: u64,
+        payload: Range<usize>,
+        end: usize,
+    ) {
+        let piece = if context == 0 {
+            let piece = self.plain_packet(connection, &plaintext.bytes()[payload]);
+            self.pool.skip(plaintext, end);
+            piece
+        } else if connection
+            .offload
+            .as_ref()
+            .is_some_and(|offload| offload.context == context)
+        {
+            if self.check_offloaded(connection, &mut plaintext.bytes_mut()[payload.clone()]) {
+                Some(self.pool.freeze(plaintext, end, payload))
+            } else {
+                self.pool.skip(plaintext, end);
+                None
+            }
+        } else {
+            self.counters.dropped_unknown_context.add(1);
+            self.pool.skip(plaintext, end);
+            None
+        };
+        if let Some(piece) = piece {
+            self.write_tun(piece);
+        }
+    }
+
+    /// A packet of the offload context: validates and normalises the header where it lies.
+    fn check_offloaded(&self, connection: &Connection, payload: &mut [u8]) -> bool {
+        let Some((header, packet)) = payload.split_first_chunk_mut::<VIRTIO_NET_HDR_BYTES>() else {
+            self.counters.dropped_invalid.add(1);
+            return false;
+        };
+        match offload::validate(VirtioNetHdr::read(header), packet, connection.accepts) {
+            Err(_) => {
+                self.counters.dropped_invalid.add(1);
+                false
+            }
+            Ok(_) if !connection.inner_sources.allow(packet) => {
+                self.counters.dropped_spoofed.add(1);
+                false
+            }
+            Ok(normalised) => {
+                *header = normalised.to_bytes();
+                true
+            }
+        }
+    }
+
+    /// A packet of context 0 gets an empty header in front, in a buffer of its own.
+    fn plain_packet(&mut self, connection: &Connection, packet: &[u8]) -> Option<Piece> {
+        if packet::parse(packet).is_err() {
+            self.counters.dropped_invalid.add(1);
+            return None;
+        }
+        if !connection.inner_sources.allow(packet) {
+            self.counters.dropped_spoofed.add(1);
+            return None;
+        }
+        self.framed(VirtioNetHdr::PLAIN, packet)
+    }
+
+    fn framed(&mut self, header: VirtioNetHdr, packet: &[u8]) -> Option<Piece> {
+        let bytes = VIRTIO_NET_HDR_BYTES + packet.len();
+        let class = if bytes <= SMALL_SLOT_BYTES {
+            Class::Small
+        } else {
+            Class::Packet
+        };
+        let Some(mut buffer) = self.pool.take(class) else {
+            self.counters.dropped_tun_refused.add(1);
+            return None;
+        };
+        buffer.append(&header.to_bytes());
+        buffer.append(packet);
+        let piece = self.pool.freeze(&mut buffer, bytes, 0..bytes);
+        self.pool.release(buffer);
+        Some(piece)
+    }
+
+    /// Step 4: writes the packet to the TUN queue.
+    fn write_tun(&mut self, piece: Piece) {
+        let entry = self.tun.writes.vacant_entry();
+        let token = Token::new(Operation::TunWrite, entry.key() as u32, 0);
+        self.ring.write_piece(TUN, &piece, token);
+        entry.insert(piece);
+    }
+
+    pub(super) fn on_tun_written(&mut self, completion: Completion) {
+        let piece = self.tun.writes.remove(completion.token.slot as usize);
+        match completion.result() {
+            Ok(bytes) => {
+                self.counters.tun_written_packets.add(1);
+                self.counters
+                    .tun_written_bytes
+                    .add(bytes.saturating_sub(VIRTIO_NET_HDR_BYTES) as u64);
+            }
+            Err(Errno::EINVAL) => self.segment_refused(&piece),
+            Err(_) => self.counters.dropped_tun_refused.add(1),
+        }
+        self.pool.release_piece(piece);
+    }
+
+    /// Some kernels refuse valid super-packets: they are segmented here and written once more.
+    fn segment_refused(&mut self, piece: &Piece) {
+        let bytes = piece.bytes();
+        let header = bytes
+            .first_chunk::<VIRTIO_NET_HDR_BYTES>()
+            .map(VirtioNetHdr::read);
+        let Some(header) = header.filter(|header| header.gso_size != 0) else {
+            self.counters.dropped_tun_refused.add(1);
+            return;
+        };
+        let packet = &bytes[VIRTIO_NET_HDR_BYTES..];
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let accepts = Offloads {
+            csum: self.tun.offloads.csum,
+            ..Offloads::NONE
+        };
+        let segmented =
+            offload::segment(header, packet, accepts, &mut scratch, |header, segment| {
+                if let Some(piece) = self.framed(header, segment) {
+                    self.write_tun(piece);
+                }
+            });
+        self.scratch = scratch;
+        match segmented {
+            Ok(_) => self.counters.segmented_after_refusal.add(1),
+            Err(_) => self.counters.dropped_tun_refused.add(1),
+        }
+    }
+}

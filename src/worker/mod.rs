@@ -1,6 +1,356 @@
-//! The packet path: TUN to TCP (outbound) and TCP to TUN (inbound).
+//! The packet path. One worker is one thread with one ring, one TUN queue and the connections given to it; it
+//! shares nothing mutable with anyone.
+//!
+//! The way of a packet out (`outbound.rs`):
+//! 1. the TUN queue becomes readable; a batch of non-blocking reads brings packets, each behind its `virtio_net_hdr`;
+//! 2. the route table says which connection carries the flow; one that another worker owns is handed over;
+//! 3. the packet waits in the connection's egress queue until the connection can take more;
+//! 4. it becomes a DATAGRAM capsule and is sealed from where it lies into the connection's chunk of records;
+//! 5. the chunk is written to the socket.
+//!
+//! The way of a packet in (`inbound.rs`):
+//! 1. ciphertext is read into a chunk;
+//! 2. each whole record is opened from there into a packet buffer;
+//! 3. capsules are cut out where they lie; the peer's `virtio_net_hdr` is validated, the inner source checked;
+//! 4. the packet is written to the TUN queue from where it lies.
 
 pub mod connection;
-pub mod event_loop;
-pub mod inbound;
-pub mod outbound;
+mod event_loop;
+mod handover;
+mod inbound;
+mod outbound;
+
+use crate::proto::capsule::{Capsule, CloseReason};
+use crate::proto::http::OffloadHeader;
+use crate::proto::offload::Offloads;
+use crate::proto::route_table::{ConnectionRef, RouteTable};
+use crate::stats::WorkerCounters;
+use crate::tls::handshake::Established;
+use crate::uring::probe::RingError;
+use crate::uring::ring;
+use connection::InnerSources;
+use crossbeam_queue::SegQueue;
+use handover::Mailbox;
+use slab::Slab;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// How long [`Workers::stop`] lets connections say goodbye.
+pub const STOP_GRACE: Duration = Duration::from_millis(200);
+
+/// Why a worker could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// No ring.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// No packet memory.
+    #[error("cannot get {bytes} bytes of packet memory")]
+    Memory {
+        /// What was asked for.
+        bytes: usize,
+        /// What mmap or io_uring said.
+        #[source]
+        source: io::Error,
+    },
+    /// The TUN queue or a bell was refused.
+    #[error("cannot give a file to io_uring")]
+    File(#[source] io::Error),
+    /// No thread.
+    #[error("cannot start a worker thread")]
+    Thread(#[source] io::Error),
+    /// io_uring_enter failed.
+    #[error("io_uring failed")]
+    Enter(#[source] io::Error),
+    /// The TUN queue is gone.
+    #[error("the tunnel interface was taken away")]
+    TunGone,
+}
+
+/// What one worker is given.
+#[derive(Debug)]
+pub struct WorkerSetup {
+    /// Its queue of the TUN device, non-blocking, with a 10-byte `virtio_net_hdr`.
+    pub tun: OwnedFd,
+    /// What the device accepts on writes.
+    pub tun_offloads: Offloads,
+    /// Packet memory; see [`crate::uring::buffer::Pool`].
+    pub buffer_bytes: usize,
+    /// Most bytes of packets that wait in one connection's egress queue.
+    pub queue_bytes_max: usize,
+}
+
+/// A connection on its way from control to a worker.
+#[derive(Debug)]
+pub struct Handoff {
+    /// From [`Workers::allocate`].
+    pub connection: ConnectionRef,
+    /// The outer TCP socket, in blocking mode.
+    pub socket: OwnedFd,
+    /// The record layer, and what had been received beyond the handshake.
+    pub established: Established,
+    /// Which inner source addresses the peer may use.
+    pub inner_sources: InnerSources,
+    /// The negotiated offload context and what the *peer* accepts; `None` leaves context 0 only, and no keepalive.
+    pub offload: Option<OffloadHeader>,
+    /// What the peer was told that we accept.
+    pub accepts: Offloads,
+}
+
+/// Why a connection ended.
+#[derive(Debug)]
+pub enum CloseCause {
+    /// Control asked for it.
+    Asked,
+    /// The peer ended it.
+    PeerClosed,
+    /// The socket failed.
+    Failed(io::Error),
+    /// The peer broke the protocol.
+    Misbehaved(String),
+    /// The peer stayed silent for too long.
+    TimedOut,
+}
+
+/// What a worker tells control.
+#[derive(Debug)]
+pub enum Event {
+    /// A capsule that is not the worker's business.
+    Capsule {
+        /// Where it came from.
+        connection: ConnectionRef,
+        /// The capsule.
+        capsule: Capsule,
+    },
+    /// A keepalive stays unanswered: time to race a new connection.
+    Unresponsive {
+        /// The silent one.
+        connection: ConnectionRef,
+    },
+    /// The connection is gone; its reference may be released.
+    Closed {
+        /// Which.
+        connection: ConnectionRef,
+        /// Why.
+        cause: CloseCause,
+    },
+    /// The worker stopped by an error.
+    Fatal {
+        /// Which.
+        worker: usize,
+        /// Why.
+        error: WorkerError,
+    },
+}
+
+/// What control tells a worker.
+pub(crate) enum Command {
+    Add(Box<Handoff>),
+    Routes(Arc<RouteTable>),
+    Send(ConnectionRef, Vec<u8>),
+    Close(ConnectionRef, Option<CloseReason>),
+    Stop(Option<CloseReason>),
+}
+
+/// The way into a worker from other threads.
+pub(crate) struct Inlet {
+    pub(crate) bell: OwnedFd,
+    pub(crate) commands: SegQueue<Command>,
+    pub(crate) mailbox: Mailbox,
+}
+
+/// One worker, seen from control.
+struct Handle {
+    inlet: Arc<Inlet>,
+    thread: JoinHandle<()>,
+    /// The generations of the slots in use.
+    slots: Slab<u32>,
+    counters: Arc<WorkerCounters>,
+    info: WorkerInfo,
+}
+
+/// What a worker found when it started.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkerInfo {
+    /// How the ring was set up.
+    pub set_up: crate::uring::probe::SetUp,
+    /// Bytes of packet memory.
+    pub buffer_bytes: usize,
+    /// Whether they are registered with the ring.
+    pub buffers_registered: bool,
+}
+
+/// All workers of the daemon.
+pub struct Workers {
+    workers: Vec<Handle>,
+    next_generation: u32,
+}
+
+impl Workers {
+    /// Starts one thread for each set-up.
+    ///
+    /// # Errors
+    /// The first worker's error; the others are stopped.
+    pub fn start(
+        setups: Vec<WorkerSetup>,
+        events: &tokio::sync::mpsc::UnboundedSender<Event>,
+    ) -> Result<Self, WorkerError> {
+        let inlets = setups
+            .iter()
+            .map(|_| {
+                let bell = ring::bell().map_err(WorkerError::File)?;
+                Ok(Arc::new(Inlet {
+                    bell,
+                    commands: SegQueue::new(),
+                    mailbox: Mailbox::new(),
+                }))
+            })
+            .collect::<Result<Arc<[_]>, WorkerError>>()?;
+        let mut started = Self {
+            workers: Vec::new(),
+            next_generation: 1,
+        };
+        for (index, setup) in setups.into_iter().enumerate() {
+            match Handle::start(index, setup, Arc::clone(&inlets), events.clone()) {
+                Ok(handle) => started.workers.push(handle),
+                Err(error) => {
+                    started.stop(None);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(started)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// What each found when it started.
+    pub fn infos(&self) -> impl Iterator<Item = WorkerInfo> {
+        self.workers.iter().map(|worker| worker.info)
+    }
+
+    /// The counters of each.
+    pub fn counters(&self) -> impl Iterator<Item = &WorkerCounters> {
+        self.workers.iter().map(|worker| &*worker.counters)
+    }
+
+    /// Reserves a place on the worker with the fewest connections.
+    pub fn allocate(&mut self) -> ConnectionRef {
+        let generation = self.next_generation;
+        self.next_generation = self.next_generation.wrapping_add(1).max(1);
+        let (worker, handle) = self
+            .workers
+            .iter_mut()
+            .enumerate()
+            .min_by_key(|(_, handle)| handle.slots.len())
+            .expect("there is at least one worker");
+        ConnectionRef {
+            worker: worker as u16,
+            slot: handle.slots.insert(generation) as u32,
+            generation,
+        }
+    }
+
+    /// Gives a connection to its worker.
+    pub fn add(&self, handoff: Handoff) {
+        self.tell(handoff.connection.worker, Command::Add(Box::new(handoff)));
+    }
+
+    /// Replaces the routes of every worker.
+    pub fn set_routes(&self, routes: Arc<RouteTable>) {
+        for worker in 0..self.workers.len() {
+            self.tell(worker as u16, Command::Routes(Arc::clone(&routes)));
+        }
+    }
+
+    /// Sends encoded capsules, ahead of waiting packets.
+    pub fn send(&self, connection: ConnectionRef, capsules: Vec<u8>) {
+        self.tell(connection.worker, Command::Send(connection, capsules));
+    }
+
+    /// Ends a connection, with a CLOSE capsule if a reason is given. [`Event::Closed`] follows.
+    pub fn close(&self, connection: ConnectionRef, reason: Option<CloseReason>) {
+        self.tell(connection.worker, Command::Close(connection, reason));
+    }
+
+    /// Frees the place of a connection that was never added or that [`Event::Closed`] named.
+    pub fn release(&mut self, connection: ConnectionRef) {
+        let slots = &mut self.workers[connection.worker as usize].slots;
+        if slots.get(connection.slot as usize) == Some(&connection.generation) {
+            slots.remove(connection.slot as usize);
+        }
+    }
+
+    /// Ends all connections and threads; returns after [`STOP_GRACE`] and a little at the latest.
+    pub fn stop(self, reason: Option<CloseReason>) {
+        for worker in 0..self.workers.len() {
+            self.tell(worker as u16, Command::Stop(reason));
+        }
+        for handle in self.workers {
+            // A worker that panicked has already printed why.
+            let _ = handle.thread.join();
+        }
+    }
+
+    fn tell(&self, worker: u16, command: Command) {
+        let inlet = &self.workers[worker as usize].inlet;
+        inlet.commands.push(command);
+        if let Err(error) = ring::ring_bell(inlet.bell.as_fd()) {
+            tracing::error!("cannot wake worker {worker}: {error}");
+        }
+    }
+}
+
+impl Handle {
+    fn start(
+        index: usize,
+        setup: WorkerSetup,
+        inlets: Arc<[Arc<Inlet>]>,
+        events: tokio::sync::mpsc::UnboundedSender<Event>,
+    ) -> Result<Self, WorkerError> {
+        let counters = Arc::new(WorkerCounters::default());
+        let inlet = Arc::clone(&inlets[index]);
+        let (report, started) = mpsc::sync_channel(1);
+        let thread_counters = Arc::clone(&counters);
+        let thread = std::thread::Builder::new()
+            .name(format!("ringtun-w{index}"))
+            .spawn(move || {
+                // The ring belongs to the thread that makes it (SINGLE_ISSUER).
+                let worker =
+                    event_loop::Worker::new(index, setup, inlets, events.clone(), thread_counters);
+                match worker {
+                    Ok(mut worker) => {
+                        let _ = report.send(Ok(worker.info()));
+                        if let Err(error) = worker.run() {
+                            let _ = events.send(Event::Fatal {
+                                worker: index,
+                                error,
+                            });
+                        }
+                    }
+                    Err(error) => {
+                        let _ = report.send(Err(error));
+                    }
+                }
+            })
+            .map_err(WorkerError::Thread)?;
+        let info = started.recv().unwrap_or_else(|_| {
+            Err(WorkerError::Thread(io::Error::other(
+                "the thread ended at once",
+            )))
+        })?;
+        Ok(Self {
+            inlet,
+            thread,
+            slots: Slab::new(),
+            counters,
+            info,
+        })
+    }
+}

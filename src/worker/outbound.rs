@@ -1,1 +1,562 @@
-//! outbound
+//! TUN to TCP, in the order that a packet takes.
+
+use super::connection::{Connection, Life, Outgoing, Sending};
+use super::event_loop::{TUN, Worker, is_hang_up};
+use super::handover::{Handover, Posted};
+use super::{CloseCause, WorkerError};
+use crate::proto::capsule::{DATAGRAM_HEADER_BYTES_MAX, datagram_header};
+use crate::proto::egress_queue::Admit;
+use crate::proto::flow_hash::flow_hash;
+use crate::proto::offload::{self, Fit, Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
+use crate::proto::packet;
+use crate::proto::route_table::ConnectionRef;
+use crate::tls::record::{
+    CONTROL_RECORD_BYTES_MAX, ContentType, RECORD_OVERHEAD_BYTES, RECORD_PLAINTEXT_BYTES_MAX,
+    RecordError, RecordLayer,
+};
+use crate::uring::buffer::{Buffer, Class, HEADROOM_BYTES, SMALL_SLOT_BYTES};
+use crate::uring::ring::{Completion, WhenDry};
+use crate::uring::token::{Operation, Token};
+use nix::errno::Errno;
+use std::io;
+
+/// Reads of the TUN queue that are submitted at once.
+const TUN_BATCH_MAX: usize = 16;
+/// What one read may bring: the header and the largest IP packet.
+const TUN_READ_BYTES: usize = VIRTIO_NET_HDR_BYTES + 65535;
+/// Packet slots that reading the TUN queue leaves to the inbound side.
+const INBOUND_RESERVE_SLOTS: usize = 4;
+/// Capsules up to this size share records by copy; larger ones are sealed from where they lie.
+const COALESCE_BYTES_MAX: usize = 2048;
+/// Headers of one segment at most, for the estimate of what a super-packet grows to.
+const SEGMENT_HEADERS_BYTES: usize = 128;
+
+const _: () = assert!(HEADROOM_BYTES >= DATAGRAM_HEADER_BYTES_MAX);
+const _: () = assert!(COALESCE_BYTES_MAX <= RECORD_PLAINTEXT_BYTES_MAX);
+
+/// Bytes that `plaintext` bytes become when they are sealed, staging included.
+const fn sealed_bytes_max(plaintext: usize) -> usize {
+    plaintext + (plaintext / RECORD_PLAINTEXT_BYTES_MAX + 2) * RECORD_OVERHEAD_BYTES
+}
+
+impl Worker {
+    /// Step 1: asks the TUN queue for packets, unless a batch is still under way.
+    pub(super) fn read_tun(&mut self) {
+        if !self.tun.reads.is_empty() {
+            return;
+        }
+        if self.tun.dry {
+            if !self.tun.polling {
+                self.tun.polling = true;
+                self.ring.poll_input(TUN, Token::single(Operation::TunPoll));
+            }
+            return;
+        }
+        let free = self.pool.free(Class::Packet);
+        let batch = self
+            .tun
+            .batch
+            .min(free.saturating_sub(INBOUND_RESERVE_SLOTS));
+        self.tun.yielded = 0;
+        let when_dry = if self.tun.nowait {
+            WhenDry::Fail
+        } else {
+            WhenDry::Wait // O_NONBLOCK makes it fail all the same.
+        };
+        for _ in 0..batch {
+            let Some(buffer) = self.pool.take(Class::Packet) else {
+                break;
+            };
+            let entry = self.tun.reads.vacant_entry();
+            let token = Token::new(Operation::TunRead, entry.key() as u32, 0);
+            let range = HEADROOM_BYTES..HEADROOM_BYTES + TUN_READ_BYTES;
+            entry.insert(self.ring.read(TUN, buffer, range, when_dry, token));
+        }
+    }
+
+    pub(super) fn on_tun_read(&mut self, completion: Completion) -> Result<(), WorkerError> {
+        let in_flight = self.tun.reads.remove(completion.token.slot as usize);
+        let mut buffer = in_flight.land(&completion);
+        match completion.result() {
+            Ok(bytes) if bytes > VIRTIO_NET_HDR_BYTES => {
+                self.tun.yielded += 1;
+                buffer.set_filled(HEADROOM_BYTES + bytes);
+                self.counters.tun_read_packets.add(1);
+                self.counters
+                    .tun_read_bytes
+                    .add((bytes - VIRTIO_NET_HDR_BYTES) as u64);
+                self.route(buffer);
+            }
+            Ok(_) => self.pool.release(buffer),
+            Err(error) => {
+                self.pool.release(buffer);
+                match error {
+                    Errno::EAGAIN => self.tun.dry = true,
+                    Errno::EOPNOTSUPP => self.tun.nowait = false,
+                    Errno::EINTR | Errno::ECANCELED => {}
+                    Errno::EBADFD | Errno::ENODEV | Errno::EIO | Errno::EBADF => {
+                        return Err(WorkerError::TunGone);
+                    }
+                    error => {
+                        tracing::warn!("reading the tunnel interface: {error}");
+                        self.tun.dry = true;
+                    }
+                }
+            }
+        }
+        if self.tun.reads.is_empty() {
+            self.tun.batch = if self.tun.dry {
+                (self.tun.yielded + 1).min(TUN_BATCH_MAX)
+            } else {
+                (self.tun.batch * 2).min(TUN_BATCH_MAX)
+            };
+        }
+        Ok(())
+    }
+
+    /// Step 2: finds the connection.
+    fn route(&mut self, buffer: Buffer) {
+        let packet = &buffer.bytes()[HEADROOM_BYTES + VIRTIO_NET_HDR_BYTES..];
+        let flow = flow_hash(packet);
+        let connection = packet::destination(packet)
+            .and_then(|destination| self.routes.lookup(destination, flow));
+        let Some(connection) = connection else {
+            self.counters.dropped_no_route.add(1);
+            self.pool.release(buffer);
+            return;
+        };
+        if usize::from(connection.worker) == self.index {
+            self.enqueue(connection, flow, buffer);
+        } else {
+            self.hand_over(connection, flow, buffer);
+        }
+    }
+
+    fn hand_over(&mut self, connection: ConnectionRef, flow: u32, buffer: Buffer) {
+        let mailbox = &self.inlets[usize::from(connection.worker)].mailbox;
+        match mailbox.post(connection, flow, &buffer.bytes()[HEADROOM_BYTES..]) {
+            Posted::Full => self.counters.dropped_handover_full.add(1),
+            Posted::Quiet => self.counters.handed_over.add(1),
+            Posted::Ring => {
+                self.counters.handed_over.add(1);
+                self.ring.wake(
+                    Self::peer_bell(connection.worker),
+                    Token::single(Operation::WakePeer),
+                );
+            }
+        }
+        self.pool.release(buffer);
+    }
+
+    /// A packet from another worker.
+    pub(super) fn take_over(&mut self, handover: &Handover) {
+        let bytes = HEADROOM_BYTES + handover.bytes.len();
+        let class = if bytes <= SMALL_SLOT_BYTES {
+            Class::Small
+        } else {
+            Class::Packet
+        };
+        let Some(mut buffer) = self.pool.take(class) else {
+            self.counters.dropped_queue_full.add(1);
+            return;
+        };
+        buffer.set_filled(HEADROOM_BYTES);
+        buffer.append(&handover.bytes);
+        self.enqueue(handover.connection, handover.flow, buffer);
+    }
+
+    /// Step 3: waits in the connection's queue.
+    fn enqueue(&mut self, reference: ConnectionRef, flow: u32, buffer: Buffer) {
+        let Some(slot) = self.slot_of(reference) else {
+            self.counters.dropped_no_route.add(1);
+            self.pool.release(buffer);
+            return;
+        };
+        let Some(mut connection) = self.take_out(slot) else {
+            return;
+        };
+        if let Some(buffer) = self.shrink_if_waiting(&connection, buffer) {
+            let bytes = buffer.filled() - HEADROOM_BYTES;
+            let outgoing = Outgoing {
+                buffer,
+                start: HEADROOM_BYTES,
+            };
+            if let Admit::Dropped(outgoing) = connection.queue.push(self.now, flow, bytes, outgoing)
+            {
+                self.counters.dropped_queue_full.add(1);
+                self.pool.release(outgoing.buffer);
+            }
+        }
+        self.put_back(slot, connection);
+        self.mark_dirty(slot);
+    }
+
+    /// A small packet that has to wait moves to a small slot; a large one may wait only while large slots are left.
+    fn shrink_if_waiting(&mut self, connection: &Connection, buffer: Buffer) -> Option<Buffer> {
+        if !connection.is_backed_up() || buffer.capacity() == SMALL_SLOT_BYTES {
+            return Some(buffer);
+        }
+        if buffer.filled() <= SMALL_SLOT_BYTES
+            && let Some(mut small) = self.pool.take(Class::Small)
+        {
+            small.append(buffer.bytes());
+            self.pool.release(buffer);
+            return Some(small);
+        }
+        if self.pool.free(Class::Packet) < self.pool.slots(Class::Packet) / 4 {
+            self.counters.dropped_queue_full.add(1);
+            self.pool.release(buffer);
+            return None;
+        }
+        Some(buffer)
+    }
+
+    /// Steps 4 and 5 for every connection that has something to say.
+    pub(super) fn pump_dirty(&mut self) {
+        while let Some(slot) = self.dirty.pop() {
+            self.pump(slot);
+        }
+    }
+
+    fn pump(&mut self, slot: usize) {
+        let Some(mut connection) = self.take_out(slot) else {
+            return;
+        };
+        connection.dirty = false;
+        let sealed = if matches!(connection.life, Life::Draining { .. }) {
+            Ok(())
+        } else {
+            self.seal_waiting(&mut connection)
+        };
+        self.send(&mut connection);
+        let said_all = matches!(
+            connection.life,
+            Life::Closing {
+                said_goodbye: true,
+                ..
+            }
+        ) && connection.sending.is_none();
+        self.put_back(slot, connection);
+        if let Err(error) = sealed {
+            self.close(slot, CloseCause::Failed(io::Error::other(error)), None);
+        } else if said_all {
+            self.shut(slot);
+        }
+    }
+
+    /// Step 4: seals as much as chunks allow.
+    fn seal_waiting(&mut self, connection: &mut Connection) -> Result<(), RecordError> {
+        if connection.records.wants_key_update() {
+            if !self.make_room(connection, CONTROL_RECORD_BYTES_MAX) {
+                return Ok(());
+            }
+            if let Some(chunk) = &mut connection.fill {
+                let bytes = connection.records.key_update(false, chunk.tail_mut())?;
+                chunk.fill(bytes);
+            }
+        }
+        if !connection.capsules.is_empty() {
+            if !self.make_room(connection, sealed_bytes_max(connection.capsules.len())) {
+                return Ok(());
+            }
+            if let Some(chunk) = &mut connection.fill {
+                seal_all(&mut connection.records, &connection.capsules, chunk)?;
+            }
+            connection.capsules.clear();
+        }
+        if let Life::Closing { said_goodbye, .. } = &mut connection.life {
+            if *said_goodbye {
+                return Ok(());
+            }
+            *said_goodbye = true;
+            if self.make_room(connection, CONTROL_RECORD_BYTES_MAX)
+                && let Some(chunk) = &mut connection.fill
+            {
+                let bytes = connection.records.close_notify(chunk.tail_mut())?;
+                chunk.fill(bytes);
+            }
+            return Ok(());
+        }
+        self.seal_packets(connection)
+    }
+
+    fn seal_packets(&mut self, connection: &mut Connection) -> Result<(), RecordError> {
+        let (context, accepts) = match &connection.offload {
+            Some(offload) => (offload.context, offload.accepts),
+            None => (0, Offloads::NONE),
+        };
+        let now = self.now;
+        let mut result = Ok(());
+        while let Some(mut outgoing) = connection.next.take().or_else(|| connection.queue.pop(now))
+        {
+            let header = header_of(&outgoing);
+            let fit = offload::fit(header, packet_of(&outgoing), accepts);
+            let segments = match fit {
+                Fit::AsIs => 1,
+                Fit::NeedsSegmenting => segments_max(&header, outgoing.bytes().len()),
+            };
+            let plaintext =
+                self.staging.len() + outgoing.bytes().len() + segments * SEGMENT_HEADERS_BYTES;
+            let need = sealed_bytes_max(plaintext);
+            if need > self.pool.slot_bytes(Class::Chunk) {
+                self.counters.dropped_unfit.add(1);
+                self.pool.release(outgoing.buffer);
+                continue;
+            }
+            if !self.has_room(connection, need) {
+                result = result.and(self.flush_staging(connection));
+                if !self.make_room(connection, need) {
+                    connection.next = Some(outgoing);
+                    break;
+                }
+            }
+            let Some(chunk) = &mut connection.fill else {
+                break;
+            };
+            let mut sealing = Sealing {
+                records: &mut connection.records,
+                staging: &mut self.staging,
+                chunk,
+                context,
+            };
+            let done = match fit {
+                Fit::AsIs => sealing.packet(&mut outgoing).map(|()| true),
+                Fit::NeedsSegmenting => {
+                    sealing.segments(header, &outgoing, accepts, &mut self.scratch)
+                }
+            };
+            self.pool.release(outgoing.buffer);
+            match done {
+                Ok(true) => {}
+                Ok(false) => self.counters.dropped_unfit.add(1),
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            }
+        }
+        result.and(self.flush_staging(connection))
+    }
+
+    fn flush_staging(&mut self, connection: &mut Connection) -> Result<(), RecordError> {
+        let sealed = match &mut connection.fill {
+            Some(chunk) if !self.staging.is_empty() => {
+                seal_all(&mut connection.records, &self.staging, chunk)
+            }
+            _ => Ok(()),
+        };
+        self.staging.clear();
+        sealed
+    }
+
+    fn has_room(&self, connection: &Connection, bytes: usize) -> bool {
+        connection
+            .fill
+            .as_ref()
+            .is_some_and(|chunk| chunk.room() >= bytes)
+    }
+
+    /// Sees to a chunk with room for `bytes`. `false`: the socket or the pool has to come first.
+    fn make_room(&mut self, connection: &mut Connection, bytes: usize) -> bool {
+        if self.has_room(connection, bytes) {
+            return true;
+        }
+        self.send(connection);
+        if connection.fill.is_some() {
+            return false; // The socket is busy; its completion pumps again.
+        }
+        connection.fill = self.pool.take(Class::Chunk);
+        if connection.fill.is_none() {
+            self.starved.push(connection.reference.slot as usize);
+        }
+        self.has_room(connection, bytes)
+    }
+
+    /// Step 5: writes the chunk, unless one is still being written.
+    fn send(&mut self, connection: &mut Connection) {
+        if connection.sending.is_some() || matches!(connection.life, Life::Draining { .. }) {
+            return;
+        }
+        if let Some(chunk) = connection.fill.take_if(|chunk| chunk.filled() > 0) {
+            let total = chunk.filled();
+            self.write_chunk(connection, chunk, 0, total);
+        }
+    }
+
+    fn write_chunk(
+        &mut self,
+        connection: &mut Connection,
+        chunk: Buffer,
+        sent: usize,
+        total: usize,
+    ) {
+        let reference = connection.reference;
+        let token = Token::new(
+            Operation::ConnectionWrite,
+            reference.slot,
+            reference.generation,
+        );
+        connection.in_flight += 1;
+        let chunk = self.ring.write(connection.file, chunk, sent..total, token);
+        connection.sending = Some(Sending { chunk, sent, total });
+    }
+
+    pub(super) fn on_sent(&mut self, slot: usize, completion: Completion) {
+        let now = self.now;
+        let Some(mut connection) = self.take_out(slot) else {
+            return;
+        };
+        let Some(Sending { chunk, sent, total }) = connection.sending.take() else {
+            self.put_back(slot, connection);
+            return;
+        };
+        let chunk = chunk.land(&completion);
+        let draining = matches!(connection.life, Life::Draining { .. });
+        let mut failed = None;
+        match completion.result() {
+            Ok(bytes) if sent + bytes < total && !draining => {
+                connection.clock.on_sent(now);
+                self.write_chunk(&mut connection, chunk, sent + bytes, total);
+            }
+            Err(Errno::EINTR | Errno::EAGAIN) if !draining => {
+                self.write_chunk(&mut connection, chunk, sent, total);
+            }
+            Ok(_) => {
+                connection.clock.on_sent(now);
+                self.pool.release(chunk);
+            }
+            Err(error) => {
+                self.pool.release(chunk);
+                failed = Some(error);
+            }
+        }
+        self.put_back(slot, connection);
+        match failed {
+            Some(error) => self.fail(slot, error),
+            None => self.mark_dirty(slot),
+        }
+    }
+
+    /// The socket said no: the connection ends, whatever its state.
+    pub(super) fn fail(&mut self, slot: usize, error: Errno) {
+        let cause = if is_hang_up(error) {
+            CloseCause::PeerClosed
+        } else {
+            CloseCause::Failed(error.into())
+        };
+        self.close(slot, cause, None);
+        self.shut(slot);
+    }
+}
+
+fn header_of(outgoing: &Outgoing) -> VirtioNetHdr {
+    outgoing
+        .bytes()
+        .first_chunk::<VIRTIO_NET_HDR_BYTES>()
+        .map_or(VirtioNetHdr::PLAIN, VirtioNetHdr::read)
+}
+
+fn packet_of(outgoing: &Outgoing) -> &[u8] {
+    &outgoing.bytes()[VIRTIO_NET_HDR_BYTES..]
+}
+
+fn segments_max(header: &VirtioNetHdr, bytes: usize) -> usize {
+    match header.gso_size {
+        0 => 1,
+        size => bytes.div_ceil(usize::from(size)),
+    }
+}
+
+/// Seals `plaintext` as one or more records behind what the chunk holds; the caller has made room.
+fn seal_all(
+    records: &mut RecordLayer,
+    plaintext: &[u8],
+    chunk: &mut Buffer,
+) -> Result<(), RecordError> {
+    for part in plaintext.chunks(RECORD_PLAINTEXT_BYTES_MAX) {
+        let bytes = records.seal(ContentType::ApplicationData, part, chunk.tail_mut())?;
+        chunk.fill(bytes);
+    }
+    Ok(())
+}
+
+/// What it takes to turn packets of one connection into records.
+struct Sealing<'a> {
+    records: &'a mut RecordLayer,
+    /// Whole capsules only; flushed as one record.
+    staging: &'a mut Vec<u8>,
+    chunk: &'a mut Buffer,
+    /// The context that packets are sent in; 0 has no `virtio_net_hdr`.
+    context: u64,
+}
+
+impl Sealing<'_> {
+    /// One packet that the peer takes as it is.
+    fn packet(&mut self, outgoing: &mut Outgoing) -> Result<(), RecordError> {
+        let skipped = if self.context == 0 {
+            VIRTIO_NET_HDR_BYTES
+        } else {
+            0
+        };
+        let payload_start = outgoing.start + skipped;
+        let buffer = outgoing.buffer.bytes_mut();
+        let header = datagram_header(self.context, buffer.len() - payload_start);
+        let header = header.as_bytes();
+        let start = payload_start - header.len();
+        if buffer.len() - start <= COALESCE_BYTES_MAX {
+            return self.stage(header, &buffer[payload_start..]);
+        }
+        // The capsule header goes into the headroom, so that all of it is sealed in one pass.
+        buffer[start..payload_start].copy_from_slice(header);
+        self.flush()?;
+        seal_all(self.records, &buffer[start..], self.chunk)
+    }
+
+    /// A packet that has to be segmented, or whose checksum has to be completed. `false`: it could not be.
+    fn segments(
+        &mut self,
+        header: VirtioNetHdr,
+        outgoing: &Outgoing,
+        accepts: Offloads,
+        scratch: &mut [u8],
+    ) -> Result<bool, RecordError> {
+        let packet = packet_of(outgoing);
+        let mut sealed = Ok(());
+        let segmented = offload::segment(header, packet, accepts, scratch, |header, segment| {
+            if sealed.is_err() {
+                return;
+            }
+            sealed = if self.context == 0 {
+                let capsule = datagram_header(0, segment.len());
+                self.stage(capsule.as_bytes(), segment)
+            } else {
+                let capsule = datagram_header(self.context, VIRTIO_NET_HDR_BYTES + segment.len());
+                let mut front = [0; DATAGRAM_HEADER_BYTES_MAX + VIRTIO_NET_HDR_BYTES];
+                let capsule = capsule.as_bytes();
+                let end = capsule.len() + VIRTIO_NET_HDR_BYTES;
+                front[..capsule.len()].copy_from_slice(capsule);
+                front[capsule.len()..end].copy_from_slice(&header.to_bytes());
+                self.stage(&front[..end], segment)
+            };
+        });
+        sealed.map(|()| segmented.is_ok())
+    }
+
+    fn stage(&mut self, front: &[u8], payload: &[u8]) -> Result<(), RecordError> {
+        if self.staging.len() + front.len() + payload.len() > RECORD_PLAINTEXT_BYTES_MAX {
+            self.flush()?;
+        }
+        self.staging.extend_from_slice(front);
+        self.staging.extend_from_slice(payload);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), RecordError> {
+        if self.staging.is_empty() {
+            return Ok(());
+        }
+        let sealed = seal_all(self.records, self.staging, self.chunk);
+        self.staging.clear();
+        sealed
+    }
+}
