@@ -10,4 +10,5 @@ pub mod http;
 pub mod offload;
 pub mod packet;
 pub mod route_table;
+pub mod session;
 pub mod timer;

@@ -1,0 +1,496 @@
+//! Who is connected: one session a peer, several connections a session.
+//!
+//! A session is a peer's token together with the instance id that the client process chose. Another instance with
+//! the same token *supersedes* it: the newcomer gets the addresses, the old one's connections are closed with a
+//! reason, and should its client not have heard of that, it is told when it comes back. That way two devices with
+//! one invite do not throw each other out in turns.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::address_pool::Lease;
+use super::capsule::{AssignedAddress, CloseReason};
+use super::http::InstanceId;
+use super::route_table::{ConnectionRef, RouteTable, SessionId, SessionRoute};
+
+/// Connections of one session, at most: what the highest ordinal allows.
+pub const SESSION_CONNECTIONS_MAX: usize = 16;
+/// Superseded instances remembered for each peer, newest last.
+pub const SUPERSEDED_MAX: usize = 16;
+
+/// A connection whose owner is known and that is about to carry packets.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival<'a> {
+    /// The peer's name.
+    pub peer: &'a str,
+    /// The client process.
+    pub instance: InstanceId,
+    /// Its place in the session: a connection with an ordinal that is taken replaces the one that has it. `None`:
+    /// the lowest free one.
+    pub ordinal: Option<u8>,
+    /// The peer's addresses.
+    pub lease: Lease,
+    /// The worker's name for it.
+    pub connection: ConnectionRef,
+}
+
+/// What became of an [`Arrival`].
+#[derive(Debug, PartialEq, Eq)]
+pub enum Arrived {
+    /// It is part of the session; these connections must be closed.
+    Joined {
+        /// The session.
+        session: SessionId,
+        /// Connections that it supersedes or replaces, and what to tell them.
+        closed: Vec<(ConnectionRef, CloseReason)>,
+    },
+    /// Its instance was superseded before: close it, and say so.
+    Superseded,
+    /// The session has [`SESSION_CONNECTIONS_MAX`] connections, or the ordinal is beyond that.
+    TooMany,
+}
+
+/// One peer's session.
+#[derive(Debug)]
+pub struct Session {
+    /// Its name while the process lives.
+    pub id: SessionId,
+    /// The client process it belongs to.
+    pub instance: InstanceId,
+    /// Its addresses.
+    pub lease: Lease,
+    connections: BTreeMap<u8, ConnectionRef>,
+}
+
+/// All sessions of a server.
+#[derive(Debug, Default)]
+pub struct Sessions {
+    by_peer: BTreeMap<String, Session>,
+    peers: HashMap<ConnectionRef, String>,
+    superseded: HashMap<String, VecDeque<InstanceId>>,
+    last_id: u64,
+}
+
+impl Sessions {
+    /// No sessions.
+    pub fn new() -> Self {
+        Sessions::default()
+    }
+
+    /// Whether this instance has had to make room for a newer one.
+    pub fn is_superseded(&self, peer: &str, instance: InstanceId) -> bool {
+        self.superseded
+            .get(peer)
+            .is_some_and(|instances| instances.contains(&instance))
+    }
+
+    /// Takes a connection in, or says why not. The caller closes what it names.
+    pub fn arrive(&mut self, arrival: Arrival<'_>) -> Arrived {
+        if self.is_superseded(arrival.peer, arrival.instance) {
+            return Arrived::Superseded;
+        }
+        let same = self
+            .by_peer
+            .get(arrival.peer)
+            .filter(|session| session.instance == arrival.instance);
+        let Some(ordinal) = ordinal(same, arrival.ordinal) else {
+            return Arrived::TooMany;
+        };
+
+        let mut closed = Vec::new();
+        if same.is_none() {
+            closed.extend(self.supersede(arrival.peer));
+            self.last_id += 1;
+            let session = Session {
+                id: SessionId(self.last_id),
+                instance: arrival.instance,
+                lease: arrival.lease,
+                connections: BTreeMap::new(),
+            };
+            self.by_peer.insert(arrival.peer.to_owned(), session);
+        }
+        let session = self
+            .by_peer
+            .get_mut(arrival.peer)
+            .expect("it was there or has been inserted");
+        if let Some(replaced) = session.connections.insert(ordinal, arrival.connection) {
+            self.peers.remove(&replaced);
+            closed.push((replaced, CloseReason::Replaced));
+        }
+        self.peers
+            .insert(arrival.connection, arrival.peer.to_owned());
+        Arrived::Joined {
+            session: session.id,
+            closed,
+        }
+    }
+
+    /// Ends the peer's session, if there is one, in favour of another instance.
+    fn supersede(&mut self, peer: &str) -> Vec<(ConnectionRef, CloseReason)> {
+        let Some(session) = self.by_peer.remove(peer) else {
+            return Vec::new();
+        };
+        let instances = self.superseded.entry(peer.to_owned()).or_default();
+        if instances.len() == SUPERSEDED_MAX {
+            instances.pop_front();
+        }
+        instances.push_back(session.instance);
+        self.forget(session)
+            .map(|connection| (connection, CloseReason::Superseded))
+            .collect()
+    }
+
+    fn forget(&mut self, session: Session) -> impl Iterator<Item = ConnectionRef> + use<> {
+        for connection in session.connections.values() {
+            self.peers.remove(connection);
+        }
+        session.connections.into_values()
+    }
+
+    /// A connection is gone. Its session stays, so that a client that comes back is not a newcomer.
+    /// Returns whether any session had it.
+    pub fn depart(&mut self, connection: ConnectionRef) -> bool {
+        let Some(peer) = self.peers.remove(&connection) else {
+            return false;
+        };
+        let session = self
+            .by_peer
+            .get_mut(&peer)
+            .expect("a connection's session is there");
+        session.connections.retain(|_, other| *other != connection);
+        true
+    }
+
+    /// Ends the sessions of all peers that are not `kept`; returns their connections, to be closed.
+    pub fn retain_peers(&mut self, kept: impl Fn(&str) -> bool) -> Vec<ConnectionRef> {
+        self.superseded.retain(|peer, _| kept(peer));
+        let gone: Vec<String> = self
+            .by_peer
+            .keys()
+            .filter(|peer| !kept(peer))
+            .cloned()
+            .collect();
+        let mut connections = Vec::new();
+        for peer in gone {
+            let session = self.by_peer.remove(&peer).expect("just listed");
+            connections.extend(self.forget(session));
+        }
+        connections
+    }
+
+    /// The session that a connection belongs to.
+    pub fn of(&self, connection: ConnectionRef) -> Option<&Session> {
+        self.by_peer.get(self.peers.get(&connection)?)
+    }
+
+    /// The peer that a connection belongs to.
+    pub fn peer_of(&self, connection: ConnectionRef) -> Option<&str> {
+        self.peers.get(&connection).map(String::as_str)
+    }
+
+    /// The snapshot for the workers.
+    pub fn routes(&self) -> RouteTable {
+        let mut routes = RouteTable::empty();
+        for session in self.by_peer.values() {
+            routes.insert(&session.addresses(), session.route());
+        }
+        routes
+    }
+}
+
+impl Session {
+    /// Its inner addresses.
+    pub fn addresses(&self) -> [IpAddr; 2] {
+        [self.lease.v4.into(), self.lease.v6.into()]
+    }
+
+    /// Its connections, by ordinal.
+    pub fn route(&self) -> SessionRoute {
+        SessionRoute {
+            session: self.id,
+            connections: self.connections.values().copied().collect(),
+        }
+    }
+}
+
+/// The place for a new connection in a session that may not exist yet.
+fn ordinal(session: Option<&Session>, wanted: Option<u8>) -> Option<u8> {
+    let taken =
+        |ordinal: &u8| session.is_some_and(|session| session.connections.contains_key(ordinal));
+    match wanted {
+        Some(ordinal) => (usize::from(ordinal) < SESSION_CONNECTIONS_MAX).then_some(ordinal),
+        None => (0..SESSION_CONNECTIONS_MAX as u8).find(|ordinal| !taken(ordinal)),
+    }
+}
+
+/// A lease as the ADDRESS_ASSIGN that nobody asked for.
+pub fn assignment(lease: Lease) -> Vec<AssignedAddress> {
+    vec![
+        AssignedAddress::host(0, lease.v4.into()),
+        AssignedAddress::host(0, lease.v6.into()),
+    ]
+}
+
+/// The ADDRESS_ASSIGN that answers an ADDRESS_REQUEST: RFC 9484, section 4.7.2.
+///
+/// Whatever was asked for, a session has its lease and nothing else: the first request of each family is answered
+/// with it, further ones are refused.
+pub fn answer(lease: Lease, requested: &[AssignedAddress]) -> Vec<AssignedAddress> {
+    let mut assigned = assignment(lease);
+    for request in requested {
+        let is_v6 = matches!(request.prefix, IpNet::V6(_));
+        let own = &mut assigned[usize::from(is_v6)];
+        if own.request_id == 0 {
+            own.request_id = request.request_id;
+        } else if is_v6 {
+            assigned.push(AssignedAddress::unspecified_v6(request.request_id));
+        } else {
+            assigned.push(AssignedAddress::unspecified_v4(request.request_id));
+        }
+    }
+    assigned
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn lease(host: u8) -> Lease {
+        Lease {
+            v4: Ipv4Addr::new(10, 87, 0, host),
+            v6: Ipv6Addr::from(0xfd00_u128 << 112 | u128::from(host)),
+        }
+    }
+
+    fn connection(number: u32) -> ConnectionRef {
+        ConnectionRef {
+            worker: (number % 2) as u16,
+            slot: number,
+            generation: number,
+        }
+    }
+
+    fn instance(number: u8) -> InstanceId {
+        InstanceId([number; 16])
+    }
+
+    fn arrival(peer: &str, number: u8, ordinal: Option<u8>, name: u32) -> Arrival<'_> {
+        Arrival {
+            peer,
+            instance: instance(number),
+            ordinal,
+            lease: lease(peer.as_bytes()[0]),
+            connection: connection(name),
+        }
+    }
+
+    fn joined(arrived: Arrived) -> Vec<(ConnectionRef, CloseReason)> {
+        match arrived {
+            Arrived::Joined { closed, .. } => closed,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn route(sessions: &Sessions, peer: &str) -> Vec<ConnectionRef> {
+        let address = lease(peer.as_bytes()[0]).v4.into();
+        sessions
+            .routes()
+            .route(address)
+            .map(|route| route.connections.clone())
+            .unwrap_or_default()
+    }
+
+    #[test]
+    fn connections_of_one_instance_are_one_session_in_the_order_of_ordinals() {
+        let mut sessions = Sessions::new();
+        assert_eq!(joined(sessions.arrive(arrival("a", 1, Some(1), 10))), []);
+        assert_eq!(joined(sessions.arrive(arrival("a", 1, Some(0), 11))), []);
+        assert_eq!(joined(sessions.arrive(arrival("b", 2, None, 12))), []);
+        assert_eq!(route(&sessions, "a"), [connection(11), connection(10)]);
+        assert_eq!(route(&sessions, "b"), [connection(12)]);
+    }
+
+    #[test]
+    fn a_taken_ordinal_is_replaced() {
+        let mut sessions = Sessions::new();
+        joined(sessions.arrive(arrival("a", 1, Some(0), 10)));
+        assert_eq!(
+            joined(sessions.arrive(arrival("a", 1, Some(0), 11))),
+            [(connection(10), CloseReason::Replaced)]
+        );
+        assert!(!sessions.depart(connection(10)));
+        assert_eq!(route(&sessions, "a"), [connection(11)]);
+    }
+
+    #[test]
+    fn a_new_instance_supersedes_the_old_one_which_is_told_when_it_comes_back() {
+        let mut sessions = Sessions::new();
+        joined(sessions.arrive(arrival("a", 1, Some(0), 10)));
+        joined(sessions.arrive(arrival("a", 1, Some(1), 11)));
+        let closed = joined(sessions.arrive(arrival("a", 2, Some(0), 12)));
+        assert_eq!(
+            closed,
+            [
+                (connection(10), CloseReason::Superseded),
+                (connection(11), CloseReason::Superseded)
+            ]
+        );
+        assert_eq!(route(&sessions, "a"), [connection(12)]);
+        assert_eq!(
+            sessions.arrive(arrival("a", 1, Some(0), 13)),
+            Arrived::Superseded
+        );
+        assert_eq!(route(&sessions, "a"), [connection(12)]);
+    }
+
+    #[test]
+    fn a_client_that_comes_back_after_all_its_connections_died_is_the_same_session() {
+        let mut sessions = Sessions::new();
+        let first = sessions.arrive(arrival("a", 1, Some(0), 10));
+        assert!(sessions.depart(connection(10)));
+        assert_eq!(route(&sessions, "a"), []);
+        let second = sessions.arrive(arrival("a", 1, Some(0), 11));
+        assert_eq!(first, second);
+    }
+
+    #[test]
+    fn a_session_takes_so_many_connections() {
+        let mut sessions = Sessions::new();
+        for number in 0..SESSION_CONNECTIONS_MAX as u32 {
+            joined(sessions.arrive(arrival("a", 1, None, number)));
+        }
+        assert_eq!(sessions.arrive(arrival("a", 1, None, 99)), Arrived::TooMany);
+        assert_eq!(
+            sessions.arrive(arrival("a", 1, Some(16), 99)),
+            Arrived::TooMany
+        );
+        joined(sessions.arrive(arrival("a", 1, Some(15), 99)));
+    }
+
+    #[test]
+    fn revoked_peers_lose_their_connections() {
+        let mut sessions = Sessions::new();
+        joined(sessions.arrive(arrival("a", 1, None, 10)));
+        joined(sessions.arrive(arrival("b", 2, None, 11)));
+        assert_eq!(sessions.retain_peers(|peer| peer == "b"), [connection(10)]);
+        assert!(sessions.of(connection(10)).is_none());
+        assert_eq!(sessions.peer_of(connection(11)), Some("b"));
+    }
+
+    fn request(request_id: u64, prefix: &str) -> AssignedAddress {
+        AssignedAddress {
+            request_id,
+            prefix: prefix.parse().expect("prefix"),
+        }
+    }
+
+    #[test]
+    fn address_requests_are_answered_with_the_lease() {
+        let own = lease(7);
+        let answered = answer(
+            own,
+            &[
+                request(5, "::/128"),
+                request(6, "0.0.0.0/32"),
+                request(8, "10.0.0.0/8"),
+            ],
+        );
+        assert_eq!(
+            answered,
+            [
+                request(6, "10.87.0.7/32"),
+                AssignedAddress::host(5, own.v6.into()),
+                request(8, "0.0.0.0/32"),
+            ]
+        );
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Arrive {
+            peer: u8,
+            instance: u8,
+            ordinal: Option<u8>,
+        },
+        Depart {
+            nth: prop::sample::Index,
+        },
+        Revoke {
+            peer: u8,
+        },
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            6 => (0..3u8, 0..4u8, prop::option::of(0..5u8))
+                .prop_map(|(peer, instance, ordinal)| Step::Arrive { peer, instance, ordinal }),
+            3 => any::<prop::sample::Index>().prop_map(|nth| Step::Depart { nth }),
+            1 => (0..3u8).prop_map(|peer| Step::Revoke { peer }),
+        ]
+    }
+
+    proptest! {
+        /// Against a list of (connection, peer, instance): every open connection is routed for its own peer only,
+        /// one instance a peer, and everything else has been handed out to be closed exactly once.
+        #[test]
+        fn connections_are_routed_or_closed_never_both(steps in prop::collection::vec(step(), 1..60)) {
+            let mut sessions = Sessions::new();
+            let mut open: Vec<(ConnectionRef, u8, u8)> = Vec::new();
+            for (number, step) in steps.into_iter().enumerate() {
+                match step {
+                    Step::Arrive { peer, instance, ordinal } => {
+                        let name = char::from(b'a' + peer).to_string();
+                        let name_of = number as u32;
+                        match sessions.arrive(arrival(&name, instance, ordinal, name_of)) {
+                            Arrived::Joined { closed, .. } => {
+                                for (gone, reason) in closed {
+                                    let at = open.iter().position(|(other, ..)| *other == gone);
+                                    let (_, owner, former) = open.remove(at.expect("closed once"));
+                                    prop_assert_eq!(owner, peer);
+                                    prop_assert_eq!(reason == CloseReason::Replaced, former == instance);
+                                }
+                                open.push((connection(name_of), peer, instance));
+                            }
+                            Arrived::Superseded => {
+                                prop_assert!(!open.iter().any(|(_, p, i)| *p == peer && *i == instance));
+                            }
+                            Arrived::TooMany => prop_assert!(false, "five ordinals never fill a session"),
+                        }
+                    }
+                    Step::Depart { nth } => {
+                        if !open.is_empty() {
+                            let (gone, ..) = open.remove(nth.index(open.len()));
+                            prop_assert!(sessions.depart(gone));
+                            prop_assert!(!sessions.depart(gone));
+                        }
+                    }
+                    Step::Revoke { peer } => {
+                        let name = char::from(b'a' + peer).to_string();
+                        let mut gone = sessions.retain_peers(|other| other != name);
+                        let mut expected: Vec<_> =
+                            open.iter().filter(|(_, p, _)| *p == peer).map(|(c, ..)| *c).collect();
+                        gone.sort();
+                        expected.sort();
+                        prop_assert_eq!(gone, expected);
+                        open.retain(|(_, p, _)| *p != peer);
+                    }
+                }
+                for peer in 0..3u8 {
+                    let name = char::from(b'a' + peer).to_string();
+                    let mut routed = route(&sessions, &name);
+                    let mut expected: Vec<_> =
+                        open.iter().filter(|(_, p, _)| *p == peer).map(|(c, ..)| *c).collect();
+                    routed.sort();
+                    expected.sort();
+                    prop_assert_eq!(routed, expected);
+                }
+            }
+        }
+    }
+}
