@@ -6,10 +6,12 @@
 
 use std::future::Future;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::net::{Shutdown, SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use tokio::net::TcpSocket;
 use tokio::time::{Instant, timeout_at};
 use tokio_uring::net::{TcpListener as RingListener, TcpStream as RingStream};
 
@@ -21,18 +23,30 @@ pub const READ_BYTES: usize = 17 * 1024;
 /// Submission queue entries of the control ring.
 const RING_ENTRIES: u32 = 256;
 
-/// Runs `main` on a tokio-uring runtime on this thread.
+/// A tokio-uring runtime for this thread.
 ///
-/// The runtime is never torn down: a ring waits for its operations when it is dropped, and an accept may stay in
-/// flight forever. The process is expected to end afterwards.
-///
-/// # Errors
-/// What io_uring_setup said, when the kernel or a container refuses it.
-pub fn run<F: Future>(main: F) -> io::Result<F::Output> {
-    let mut builder = tokio_uring::builder();
-    builder.entries(RING_ENTRIES);
-    let runtime = std::mem::ManuallyDrop::new(tokio_uring::Runtime::new(&builder)?);
-    Ok(runtime.block_on(main))
+/// It is never torn down: a ring waits for its operations when it is dropped, and an accept may stay in flight
+/// forever. The process is expected to end after [`Runtime::run`].
+pub struct Runtime {
+    ring: ManuallyDrop<tokio_uring::Runtime>,
+}
+
+impl Runtime {
+    /// Sets the ring up.
+    ///
+    /// # Errors
+    /// What io_uring_setup(2) said, when the kernel or a container refuses it.
+    pub fn new() -> io::Result<Self> {
+        let mut builder = tokio_uring::builder();
+        builder.entries(RING_ENTRIES);
+        let ring = ManuallyDrop::new(tokio_uring::Runtime::new(&builder)?);
+        Ok(Runtime { ring })
+    }
+
+    /// Runs `main` to its end.
+    pub fn run<F: Future>(&self, main: F) -> F::Output {
+        self.ring.block_on(main)
+    }
 }
 
 /// Runs a task on this thread's runtime, for as long as it takes.
@@ -67,6 +81,26 @@ impl Listener {
         let (ring, source) = self.ring.accept().await?;
         Ok((Stream::over(ring), source))
     }
+}
+
+/// Connects a socket, without the ring: giving up must leave nothing in flight. Returns it in blocking mode.
+///
+/// # Errors
+/// What connect(2) said, or [`io::ErrorKind::TimedOut`] at the `deadline`.
+pub async fn connect(
+    socket: OwnedFd,
+    address: SocketAddr,
+    deadline: Instant,
+) -> io::Result<OwnedFd> {
+    let socket = std::net::TcpStream::from(socket);
+    socket.set_nonblocking(true)?;
+    let connecting = TcpSocket::from_std_stream(socket).connect(address);
+    let connected = timeout_at(deadline, connecting)
+        .await
+        .map_err(|_| io::ErrorKind::TimedOut)??
+        .into_std()?;
+    connected.set_nonblocking(false)?;
+    Ok(connected.into())
 }
 
 /// A connected TCP socket in blocking mode, driven by the control ring.
@@ -191,7 +225,7 @@ mod tests {
 
     #[test]
     fn bytes_go_both_ways_and_the_socket_can_be_given_away() {
-        run(async {
+        Runtime::new().expect("io_uring").run(async {
             let (stream, mut peer) = pair().await;
             peer.write_all(b"ping").expect("written");
             let mut read = Vec::new();
@@ -209,13 +243,35 @@ mod tests {
             let mut text = String::new();
             peer.read_to_string(&mut text).expect("read");
             assert_eq!(text, "pong!");
-        })
-        .expect("io_uring");
+        });
+    }
+
+    #[test]
+    fn connecting_ends_in_a_connection_or_an_error() {
+        Runtime::new().expect("io_uring").run(async {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bound");
+            let address = listener.local_addr().expect("address");
+            let socket = || {
+                let socket =
+                    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None);
+                OwnedFd::from(socket.expect("socket"))
+            };
+            let connected = connect(socket(), address, soon()).await.expect("connected");
+            assert_eq!(
+                TcpStream::from(connected).peer_addr().expect("address"),
+                address
+            );
+            drop(listener);
+            let error = connect(socket(), address, soon())
+                .await
+                .expect_err("nobody listens");
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        });
     }
 
     #[test]
     fn a_read_that_was_given_up_lets_go_of_the_socket() {
-        run(async {
+        Runtime::new().expect("io_uring").run(async {
             let (stream, mut peer) = pair().await;
             let error = stream
                 .read(&mut Vec::new(), Instant::now())
@@ -224,7 +280,6 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
             drop(stream);
             assert_eq!(peer.read(&mut [0]).expect("end"), 0);
-        })
-        .expect("io_uring");
+        });
     }
 }
