@@ -681,6 +681,32 @@ mod tests {
     }
 
     #[test]
+    fn the_document_has_the_same_types_and_reasons() {
+        let document = include_str!("../../docs/protocol.md");
+        for kind in ALL_KINDS {
+            assert!(
+                document.contains(&format!("\n| 0x{kind:02x} | ")),
+                "{kind:#x}"
+            );
+        }
+        for (code, name) in (0..).zip([
+            "shutdown",
+            "superseded",
+            "revoked",
+            "replaced",
+            "misbehaved",
+            "exhausted",
+        ]) {
+            assert!(
+                document.contains(&format!("\n| {code} | {name} | ")),
+                "{name}"
+            );
+            let reason = format!("{:?}", CloseReason::from_code(code)).to_lowercase();
+            assert_eq!(reason, name);
+        }
+    }
+
+    #[test]
     fn unknown_types_are_not_decoded() {
         for kind in [
             kind::DATAGRAM,

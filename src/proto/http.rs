@@ -312,7 +312,7 @@ impl<'a> Fields<'a> {
             && self.lists("Connection", "upgrade")
     }
 
-    /// Whether there is a field that RFC 9297, section 3.4, forbids beside capsules.
+    /// Whether there is a field that RFC 9297, section 3.2, forbids beside capsules.
     fn has_content(self) -> bool {
         ["Content-Length", "Content-Type", "Transfer-Encoding"]
             .into_iter()
