@@ -9,6 +9,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use nix::errno::Errno;
 use tun::AbstractDevice;
 
+use super::sysctl;
+
 /// Where the kernel's TUN driver is reached.
 pub const TUN_DEVICE_PATH: &str = "/dev/net/tun";
 /// Bytes of `virtio_net_hdr` in front of every packet, without the `num_buffers` field.
@@ -76,7 +78,8 @@ pub struct Tun {
     pub offload_flags: u32,
 }
 
-/// Makes the interface `name` with `queues` queues, sets its MTU and brings it up.
+/// Makes the interface `name` with `queues` queues, sets its MTU and brings it up. It has no address then, not even an
+/// IPv6 link-local one.
 ///
 /// # Errors
 /// [`TunError`]; nothing is left behind then.
@@ -105,6 +108,7 @@ pub fn create(name: &str, mtu: u16, queues: usize) -> Result<Tun, TunError> {
             unsafe { ioctl::tunsetoffload(queues[0].as_raw_fd(), *flags as libc::c_int) }.is_ok()
         })
         .unwrap_or(0);
+    keep_ipv6_quiet(name);
     bring_up(&queues[0], name, mtu).map_err(failed("bring up"))?;
     Ok(Tun {
         queues,
@@ -154,6 +158,21 @@ fn set_framing(queue: &OwnedFd) -> io::Result<()> {
         ioctl::tunsetvnetle(queue.as_raw_fd(), &little_endian)?;
     }
     Ok(())
+}
+
+/// No address of its own making, and no router at the other end that would be believed. Before the interface is up,
+/// or it has a link-local address already.
+fn keep_ipv6_quiet(name: &str) {
+    for (setting, value) in [("addr_gen_mode", "1"), ("accept_ra", "0")] {
+        let key = sysctl::interface_key("ipv6", name, setting);
+        match sysctl::read(&key).and_then(|present| match present {
+            Some(_) => sysctl::write(&key, value),
+            None => Ok(()),
+        }) {
+            Ok(()) => {}
+            Err(error) => tracing::warn!("{error}"),
+        }
+    }
 }
 
 /// The MTU and the up flag are set by the crate `tun`, around a queue that stays ours.
