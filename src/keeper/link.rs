@@ -1,6 +1,7 @@
 //! The daemon's end of the socket to its keeper.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,6 +14,7 @@ use super::request::{
     FROM_KEEPER_BYTES_MAX, FromKeeper, Notice, Reply, Request, SavedLease, Setup, TunnelSettings,
 };
 use crate::sys::fdpass::{Frame, FrameReader, FrameWriter};
+use crate::sys::sandbox::{self, SandboxError};
 
 /// Why a request has no good answer.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +28,9 @@ pub enum LinkError {
     /// The first frame was not a setup: the hidden subcommand was run by hand.
     #[error("`ringtun daemon` is started by `ringtun server` and `ringtun client` only")]
     NotADaemon,
+    /// The privileges could not be given up.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The socket or the process could not be prepared.
     #[error("cannot talk to the keeper process")]
     Socket(#[source] io::Error),
@@ -44,6 +49,22 @@ pub struct DaemonStart {
 }
 
 impl DaemonStart {
+    /// Makes this process the daemon: gives all privileges up, then waits for the setup on standard input, which is the
+    /// daemon's end of the pair. The first thing to be done, before any thread or runtime is made.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn enter() -> Result<Self, LinkError> {
+        sandbox::enter()?;
+        let socket = io::stdin()
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(LinkError::Socket)?;
+        let null = File::open("/dev/null").map_err(LinkError::Socket)?;
+        nix::unistd::dup2_stdin(null).map_err(|error| LinkError::Socket(error.into()))?;
+        Self::receive(socket)
+    }
+
     /// Waits for the setup on `socket`, the daemon's end of the pair.
     ///
     /// # Errors

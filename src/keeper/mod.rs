@@ -1,10 +1,151 @@
 //! The privileged process: plan, apply, undo, and typed requests from the daemon.
+//!
+//! [`run_server`] and [`run_client`] are `ringtun server` and `ringtun client`: they claim the interface name, make
+//! what is needed, start the daemon without privileges and serve it until the end, and then undo all they did.
+//! Nothing that came from the network is parsed here.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `plan.rs`, `ruleset.rs` | what is to be set: values, pure |
+//! | `apply.rs` | sets it, after recording the opposite |
+//! | `undo.rs` | the record, undoing, `ringtun down` |
+//! | `request.rs` | what keeper and daemon say to each other |
+//! | `daemon.rs`, `link.rs` | the keeper's and the daemon's end of that |
+//! | `server.rs`, `client.rs` | what the keeper does for each |
+//! | `state.rs` | the server's state directory |
+
+use std::io;
+
+use caps::{CapSet, Capability};
 
 pub mod apply;
+pub mod client;
+pub mod daemon;
 pub mod link;
 pub mod plan;
 pub mod request;
+pub mod ruleset;
+pub mod server;
 pub mod state;
 pub mod undo;
 
+pub use client::run_client;
 pub use link::{DaemonStart, Link, LinkError, Notices, SetupFds};
+pub use server::run_server;
+pub use state::StateDir;
+pub use undo::{Down, down};
+
+use crate::sys::netns;
+use crate::sys::nft::NftError;
+use crate::sys::socket::ListenError;
+use crate::sys::tun::{self, Tun, TunError};
+use crate::tls::certificate::CertificateError;
+use apply::{ApplyError, Changes};
+use plan::Tunnel;
+use undo::{Record, UndoError};
+
+/// Why a run ended, in one line that says what to do; causes are in `source`.
+#[derive(Debug, thiserror::Error)]
+pub enum KeeperError {
+    /// The privilege that everything here needs is missing.
+    #[error(
+        "not allowed to set up a tunnel: run as root (`sudo ringtun ...`) or with CAP_NET_ADMIN"
+    )]
+    NotPrivileged,
+    /// The state directory.
+    #[error(transparent)]
+    State(#[from] state::StateError),
+    /// The operator's certificate or key.
+    #[error("the configured certificate {path}")]
+    Certificate {
+        /// The file at fault.
+        path: String,
+        /// What is wrong.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The packet filter.
+    #[error(transparent)]
+    Nft(#[from] NftError),
+    /// The interface.
+    #[error(transparent)]
+    Tun(#[from] TunError),
+    /// A listening socket.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// A change to the host.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// The record of changes, or undoing them.
+    #[error(transparent)]
+    Undo(#[from] UndoError),
+    /// Something that the operating system always grants.
+    #[error("cannot {0}")]
+    Process(&'static str, #[source] io::Error),
+    /// The daemon reported a failure.
+    #[error("{line}")]
+    Daemon {
+        /// The exit code.
+        exit: u8,
+        /// What to tell the user.
+        line: String,
+    },
+    /// The daemon is gone without a word.
+    #[error("the daemon process ended unexpectedly ({0}); the host is as before")]
+    DaemonDied(String),
+}
+
+impl KeeperError {
+    /// The program's exit code: 2 for configuration, 1 for all else.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            KeeperError::Daemon { exit, .. } => *exit,
+            KeeperError::Certificate { .. } => 2,
+            _ => 1,
+        }
+    }
+
+    fn certificate(path: &std::path::Path, source: CertificateError) -> Self {
+        KeeperError::Certificate {
+            path: path.display().to_string(),
+            source: source.into(),
+        }
+    }
+}
+
+/// Claims the interface name and undoes what a killed predecessor left.
+fn begin(interface: &str) -> Result<Changes, KeeperError> {
+    match caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN) {
+        Ok(true) => {}
+        _ => return Err(KeeperError::NotPrivileged),
+    }
+    let record = Record::claim(interface)?;
+    tracing::debug!(namespace = ?netns::current().ok(), interface, "claimed");
+    Ok(Changes::start(record)?)
+}
+
+fn make_interface(
+    changes: &mut Changes,
+    name: &str,
+    mtu: u16,
+    queues: usize,
+) -> Result<(Tun, Tunnel), KeeperError> {
+    if nix::net::if_::if_nametoindex(name).is_ok() {
+        // Before it is recorded as ours, to be removed.
+        return Err(TunError::NameInUse(name.into()).into());
+    }
+    changes.interface_is_coming(name)?;
+    let tun = tun::create(name, mtu, queues)?;
+    let index = nix::net::if_::if_nametoindex(name)
+        .map_err(|error| KeeperError::Process("find the new interface", error.into()))?;
+    let tunnel = Tunnel {
+        name: name.into(),
+        index,
+        mtu,
+    };
+    Ok((tun, tunnel))
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}

@@ -1,1 +1,495 @@
-//! undo
+//! The record of what has been changed, and how it is taken back.
+//!
+//! One directory under [`RUN_DIR`] for each network namespace and interface holds a lock, which the keeper has
+//! for as long as it lives, and the record. A change is recorded before it is made, so a record may name what never came
+//! about; undoing is therefore harmless where there is nothing to undo.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, getpid};
+use serde::{Deserialize, Serialize};
+
+use crate::sys::dns::{self, Saved};
+use crate::sys::netns::{self, NetnsId};
+use crate::sys::route::Netlink;
+use crate::sys::{nft, sysctl};
+
+/// Where run state lives. It is empty again after a reboot, like the state that it describes.
+pub const RUN_DIR: &str = "/run/ringtun";
+
+const LOCK_FILE: &str = "lock";
+const RECORD_FILE: &str = "undo.json";
+/// How long a keeper that was asked to end may take before it is killed.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+const STOP_POLL_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Why run state cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum UndoError {
+    /// The directory cannot be written.
+    #[error("cannot write {}: run as root", path.display())]
+    NotWritable {
+        /// What could not be written.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody is using the interface name.
+    #[error(
+        "ringtun runs already with the interface {interface} (process {keeper}): stop it with `ringtun down`, or set another `interface` in the configuration"
+    )]
+    Running {
+        /// The interface.
+        interface: String,
+        /// The process to stop.
+        keeper: i32,
+    },
+    /// This is no network namespace, or `/proc` is missing.
+    #[error("cannot tell the network namespace: is /proc mounted?")]
+    Namespace(#[source] io::Error),
+    /// The running instance does not end.
+    #[error("process {keeper} does not end: stop it by hand and run `ringtun down` again")]
+    WillNotStop {
+        /// The process.
+        keeper: i32,
+        /// Why it could not be signalled, if that is why.
+        #[source]
+        source: io::Error,
+    },
+    /// Some of it could not be undone.
+    #[error("not everything could be put back: {}", .0.join("; "))]
+    Incomplete(Vec<String>),
+}
+
+/// The opposite of a change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Undo {
+    /// Remove the tunnel's interface.
+    DeleteInterface(String),
+    /// Remove an address from the tunnel's interface.
+    DeleteAddress {
+        /// The interface.
+        interface: String,
+        /// The address.
+        address: IpNet,
+    },
+    /// Remove a route of ours.
+    DeleteRoute(IpNet),
+    /// Remove a table of the family `inet`.
+    DeleteTable(String),
+    /// Set a kernel setting back.
+    RestoreSetting {
+        /// Its path under `/proc/sys`.
+        key: String,
+        /// What it was.
+        before: String,
+        /// What we set it to; if it is something else by now, it is somebody else's. `None`: a side effect changed it.
+        ours: Option<String>,
+    },
+    /// Put the resolver's configuration back.
+    RestoreResolvConf {
+        /// What was there.
+        before: Saved,
+        /// What we wrote.
+        ours: String,
+    },
+}
+
+impl Undo {
+    /// Takes the change back. Doing so twice, or when the change never came about, is harmless.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn carry_out(&self, netlink: &Netlink) -> Result<(), String> {
+        match self {
+            Undo::DeleteInterface(name) => netlink.delete_interface(name).map_err(line),
+            Undo::DeleteAddress { interface, address } => {
+                match nix::net::if_::if_nametoindex(interface.as_str()) {
+                    Ok(index) => netlink.delete_address(index, *address).map_err(line),
+                    Err(_) => Ok(()),
+                }
+            }
+            Undo::DeleteRoute(destination) => netlink.delete_route(*destination).map_err(line),
+            Undo::DeleteTable(name) => nft::delete_table(name).map_err(line),
+            Undo::RestoreSetting { key, before, ours } => {
+                match sysctl::read(key).map_err(line)? {
+                    // The interface is gone, and its settings with it.
+                    None => Ok(()),
+                    Some(now) if ours.as_ref().is_some_and(|ours| *ours != now) => Ok(()),
+                    Some(_) => sysctl::write(key, before).map_err(line),
+                }
+            }
+            Undo::RestoreResolvConf { before, ours } => {
+                dns::restore(Path::new(dns::RESOLV_CONF), before, ours.as_bytes())
+                    .map(drop)
+                    .map_err(line)
+            }
+        }
+    }
+
+    /// Whether it belongs to one network namespace, and means something else in any other.
+    fn is_of_the_namespace(&self) -> bool {
+        !matches!(self, Undo::RestoreResolvConf { .. })
+    }
+}
+
+/// The claim on an interface name in this network namespace, and the record of what was changed for it.
+#[derive(Debug)]
+pub struct Record {
+    directory: PathBuf,
+    content: Content,
+    _lock: Flock<File>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Content {
+    keeper: i32,
+    namespace: NetnsId,
+    interface: String,
+    undo: Vec<Undo>,
+}
+
+impl Record {
+    /// Claims `interface` for this process. What a killed predecessor has left in the record is still in it.
+    ///
+    /// # Errors
+    /// [`UndoError`].
+    pub fn claim(interface: &str) -> Result<Self, UndoError> {
+        Self::claim_under(Path::new(RUN_DIR), interface)
+    }
+
+    fn claim_under(run_dir: &Path, interface: &str) -> Result<Self, UndoError> {
+        let namespace = netns::current().map_err(UndoError::Namespace)?;
+        let directory = run_dir.join(format!("{}-{interface}", namespace.inode));
+        let Some(lock) = try_lock(&directory)? else {
+            return Err(UndoError::Running {
+                interface: interface.into(),
+                keeper: read(&directory).map_or(0, |content| content.keeper),
+            });
+        };
+        let mut undo = read(&directory).map_or_else(Vec::new, |left| {
+            let same = left.namespace == namespace;
+            left.undo
+                .into_iter()
+                .filter(|undo| same || !undo.is_of_the_namespace())
+                .collect()
+        });
+        undo.shrink_to_fit();
+        let record = Record {
+            directory,
+            content: Content {
+                keeper: getpid().as_raw(),
+                namespace,
+                interface: interface.into(),
+                undo,
+            },
+            _lock: lock,
+        };
+        record.write()?;
+        Ok(record)
+    }
+
+    /// Whether there is something to undo.
+    pub fn is_empty(&self) -> bool {
+        self.content.undo.is_empty()
+    }
+
+    /// Records the opposite of a change that is about to be made.
+    ///
+    /// # Errors
+    /// [`UndoError::NotWritable`]; the change must not be made then.
+    pub fn push(&mut self, undo: Undo) -> Result<(), UndoError> {
+        self.content.undo.push(undo);
+        self.write()
+    }
+
+    /// Takes one change back and strikes it off the record, when it is there.
+    ///
+    /// # Errors
+    /// One line; it stays on the record then.
+    pub fn undo_one(&mut self, netlink: &Netlink, undo: &Undo) -> Result<(), String> {
+        undo.carry_out(netlink)?;
+        if let Some(at) = self.content.undo.iter().rposition(|other| other == undo) {
+            self.content.undo.remove(at);
+        }
+        self.write().map_err(line)
+    }
+
+    /// Takes everything back, the last change first. Goes on after an error; what failed stays on the record.
+    ///
+    /// # Errors
+    /// [`UndoError::Incomplete`] with a line for each.
+    pub fn undo_all(&mut self, netlink: &Netlink) -> Result<(), UndoError> {
+        let mut failed = Vec::new();
+        let mut errors = Vec::new();
+        while let Some(undo) = self.content.undo.pop() {
+            if let Err(error) = undo.carry_out(netlink) {
+                errors.push(error);
+                failed.push(undo);
+            }
+        }
+        failed.reverse();
+        self.content.undo = failed;
+        if errors.is_empty() {
+            return Ok(());
+        }
+        self.write()?;
+        Err(UndoError::Incomplete(errors))
+    }
+
+    /// Removes the files, unless there is something left to undo. The claim lasts until the record is dropped.
+    pub fn remove_if_empty(&self) {
+        if self.is_empty() {
+            // Whoever locks next checks that the locked file is still there, so it may go while it is locked.
+            let _ = fs::remove_dir_all(&self.directory);
+        }
+    }
+
+    fn write(&self) -> Result<(), UndoError> {
+        let path = self.directory.join(RECORD_FILE);
+        let temporary = path.with_extension("new");
+        let write = || -> io::Result<()> {
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&temporary)?;
+            file.write_all(&serde_json::to_vec(&self.content)?)?;
+            fs::rename(&temporary, &path)
+        };
+        write().map_err(|source| UndoError::NotWritable { path, source })
+    }
+}
+
+/// What [`down`] found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Down {
+    /// A running instance was stopped, and has cleaned up.
+    Stopped {
+        /// Its interface.
+        interface: String,
+    },
+    /// What a killed instance had left was undone.
+    CleanedUp {
+        /// Its interface.
+        interface: String,
+    },
+}
+
+/// Stops what runs in this network namespace, and undoes what was left there, for one interface or for all.
+///
+/// # Errors
+/// [`UndoError`], the first, after all have been tried.
+pub fn down(interface: Option<&str>) -> Result<Vec<Down>, UndoError> {
+    let namespace = netns::current().map_err(UndoError::Namespace)?;
+    let prefix = format!("{}-", namespace.inode);
+    let mut done = Vec::new();
+    let mut error = None;
+    let Ok(entries) = fs::read_dir(RUN_DIR) else {
+        return Ok(done);
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(found) = name.to_str().and_then(|name| name.strip_prefix(&prefix)) else {
+            continue;
+        };
+        if interface.is_some_and(|wanted| wanted != found) {
+            continue;
+        }
+        match down_one(&entry.path(), found) {
+            Ok(one) => done.extend(one),
+            Err(one) => error = error.or(Some(one)),
+        }
+    }
+    error.map_or(Ok(done), Err)
+}
+
+fn down_one(directory: &Path, interface: &str) -> Result<Option<Down>, UndoError> {
+    let mut stopped = false;
+    let mut record = match Record::claim(interface) {
+        Err(UndoError::Running { keeper, .. }) => {
+            stopped = true;
+            stop(directory, keeper)?;
+            Record::claim(interface)?
+        }
+        claimed => claimed?,
+    };
+    let was_empty = record.is_empty();
+    let netlink = Netlink::open().map_err(|error| UndoError::Incomplete(vec![line(error)]))?;
+    let undone = record.undo_all(&netlink);
+    record.remove_if_empty();
+    undone?;
+    let interface = interface.to_owned();
+    Ok(match (stopped, was_empty) {
+        (true, _) => Some(Down::Stopped { interface }),
+        (false, true) => None,
+        (false, false) => Some(Down::CleanedUp { interface }),
+    })
+}
+
+/// Asks the keeper that holds the lock to end, and kills it when it does not.
+fn stop(directory: &Path, keeper: i32) -> Result<(), UndoError> {
+    let will_not = |source: io::Error| UndoError::WillNotStop { keeper, source };
+    if keeper <= 0 {
+        return Err(will_not(io::ErrorKind::NotFound.into()));
+    }
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        match kill(Pid::from_raw(keeper), signal) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => return Err(will_not(error.into())),
+        }
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        while Instant::now() < deadline {
+            if try_lock(directory)?.is_some() {
+                return Ok(());
+            }
+            thread::sleep(STOP_POLL_INTERVAL);
+        }
+    }
+    Err(will_not(io::ErrorKind::TimedOut.into()))
+}
+
+/// Makes the directory and locks it; `None` when somebody else has the lock. A lock file that was removed between opening
+/// and locking it, by whoever gave it up, is no lock.
+fn try_lock(directory: &Path) -> Result<Option<Flock<File>>, UndoError> {
+    let path = directory.join(LOCK_FILE);
+    let not_writable = |source| UndoError::NotWritable {
+        path: path.clone(),
+        source,
+    };
+    loop {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(directory)
+            .map_err(not_writable)?;
+        let opened = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path);
+        let file = match opened {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            opened => opened.map_err(not_writable)?,
+        };
+        let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => lock,
+            Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
+            Err((_, error)) => return Err(not_writable(error.into())),
+        };
+        let locked = lock.metadata().map_err(not_writable)?.ino();
+        if fs::metadata(&path).is_ok_and(|there| there.ino() == locked) {
+            return Ok(Some(lock));
+        }
+    }
+}
+
+fn read(directory: &Path) -> Option<Content> {
+    let text = fs::read(directory.join(RECORD_FILE)).ok()?;
+    serde_json::from_slice(&text).ok()
+}
+
+/// An error and its causes on one line.
+pub(super) fn line(error: impl std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        line.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_claim_excludes_others_and_ends_with_its_holder() {
+        let run = tempfile::tempdir().expect("directory");
+        let record = Record::claim_under(run.path(), "rt0").expect("claimed");
+        assert!(matches!(
+            Record::claim_under(run.path(), "rt0"),
+            Err(UndoError::Running { keeper, .. }) if keeper == getpid().as_raw()
+        ));
+        Record::claim_under(run.path(), "rt1")
+            .expect("another name")
+            .remove_if_empty();
+        record.remove_if_empty();
+        drop(record);
+        assert_eq!(fs::read_dir(run.path()).expect("listed").count(), 0);
+        Record::claim_under(run.path(), "rt0").expect("claimed again");
+    }
+
+    #[test]
+    fn a_record_outlives_its_writer() {
+        let run = tempfile::tempdir().expect("directory");
+        let undo = Undo::DeleteTable("ringtun".into());
+        let mut record = Record::claim_under(run.path(), "rt0").expect("claimed");
+        record.push(undo.clone()).expect("recorded");
+        // As a kill would: nothing is undone.
+        drop(record);
+        let record = Record::claim_under(run.path(), "rt0").expect("claimed");
+        assert_eq!(record.content.undo, [undo]);
+    }
+
+    #[test]
+    fn a_record_of_a_namespace_that_is_gone_is_not_applied_to_its_successor() {
+        let run = tempfile::tempdir().expect("directory");
+        let resolver = Undo::RestoreResolvConf {
+            before: Saved::Missing,
+            ours: "ours".into(),
+        };
+        let mut record = Record::claim_under(run.path(), "rt0").expect("claimed");
+        record.content.namespace.cookie = Some(0);
+        record
+            .push(Undo::DeleteTable("ringtun".into()))
+            .expect("recorded");
+        record.push(resolver.clone()).expect("recorded");
+        drop(record);
+        let record = Record::claim_under(run.path(), "rt0").expect("claimed");
+        assert_eq!(record.content.undo, [resolver]);
+    }
+
+    #[test]
+    fn everything_is_tried_although_something_fails() {
+        let run = tempfile::tempdir().expect("directory");
+        let mut record = Record::claim_under(run.path(), "rt0").expect("claimed");
+        let missing = |key: &str| Undo::RestoreSetting {
+            key: key.into(),
+            before: "0".into(),
+            ours: None,
+        };
+        // Readable, but nobody may write it.
+        let read_only = "kernel/ostype";
+        record
+            .push(missing("net/ipv4/conf/gone0/forwarding"))
+            .expect("recorded");
+        record.push(missing(read_only)).expect("recorded");
+        record
+            .push(missing("net/ipv4/conf/gone1/forwarding"))
+            .expect("recorded");
+        let netlink = Netlink::open().expect("netlink");
+        let error = record
+            .undo_all(&netlink)
+            .expect_err("incomplete")
+            .to_string();
+        assert!(
+            error.contains(read_only) && !error.contains("gone"),
+            "{error}"
+        );
+        assert_eq!(record.content.undo, [missing(read_only)]);
+    }
+}

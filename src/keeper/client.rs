@@ -1,0 +1,130 @@
+//! What the keeper does for a client.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use super::apply::Changes;
+use super::daemon::{Daemon, Role, Signals};
+use super::plan::{self, Host, Tunnel};
+use super::request::{ClientSetup, Notice, Reply, Request, Setup, TunnelSettings};
+use super::undo::line;
+use super::{KeeperError, begin, cores, make_interface};
+use crate::config::ClientConfig;
+use crate::sys::route::{self, OwnRoute};
+use crate::sys::socket;
+
+/// Outer server addresses that may have an exception route at the same time.
+const EXCEPTIONS_MAX: usize = 16;
+
+/// Runs a client until it is asked to stop. `config` has been validated, and `invite` parsed once.
+///
+/// # Errors
+/// [`KeeperError`]. The host is as before then, too.
+pub fn run_client(config: ClientConfig, invite: &str) -> Result<(), KeeperError> {
+    let signals = Signals::block()?;
+    let mut changes = begin(&config.interface)?;
+    let queues = config.worker_count(cores());
+    let (tun, tunnel) = make_interface(&mut changes, &config.interface, config.mtu, queues)?;
+    let mut role = ClientRole {
+        dns: config.dns.clone(),
+        changes,
+        tunnel,
+        exceptions: BTreeMap::new(),
+    };
+    let setup = Setup::Client(Box::new(ClientSetup {
+        invite: invite.to_owned(),
+        tun_offload_flags: tun.offload_flags,
+        tun_queues: tun.queues.len(),
+        config,
+    }));
+    let served = Daemon::start(&setup, tun.queues)?.serve(&signals, &mut role);
+    let undone = role.changes.undo_all();
+    served?;
+    Ok(undone?)
+}
+
+struct ClientRole {
+    changes: Changes,
+    tunnel: Tunnel,
+    // Nameservers by configuration, in place of the server's.
+    dns: Option<Vec<IpAddr>>,
+    // Exception routes as last set, by server.
+    exceptions: BTreeMap<IpAddr, OwnRoute>,
+}
+
+impl ClientRole {
+    fn configure(&mut self, mut settings: TunnelSettings) -> Result<(), String> {
+        if let Some(dns) = &self.dns {
+            settings.dns.clone_from(dns);
+        }
+        let host = self.changes.observe().map_err(line)?;
+        let wanted = plan::client(&host, &self.tunnel, &settings)?;
+        self.changes.reach(&self.tunnel, &wanted).map_err(line)
+    }
+
+    fn outer_socket(&mut self, server: IpAddr) -> Result<OwnedFd, String> {
+        self.refresh_exception(server)?;
+        socket::outer(server).map_err(|error| format!("cannot make a socket to {server}: {error}"))
+    }
+
+    /// The network may be another one by now, so the way is looked up anew each time.
+    fn refresh_exception(&mut self, server: IpAddr) -> Result<(), String> {
+        let host = Host {
+            routes: self.changes.routes().map_err(line)?,
+            ..Host::default()
+        };
+        let wanted = plan::exception(&host, &self.tunnel, server)?;
+        let present = self.exceptions.get(&server).cloned();
+        let in_force = |wanted: &OwnRoute| {
+            host.routes.iter().any(|route| {
+                route.protocol == route::PROTOCOL && route.destination == wanted.destination
+            })
+        };
+        match (wanted, present) {
+            (None, None) => Ok(()),
+            (None, Some(present)) => {
+                self.exceptions.remove(&server);
+                self.changes.delete_route(&present)
+            }
+            (Some(wanted), Some(present)) if wanted == present && in_force(&wanted) => Ok(()),
+            (Some(wanted), Some(_)) => {
+                self.changes.change_route(&wanted).map_err(line)?;
+                self.exceptions.insert(server, wanted);
+                Ok(())
+            }
+            (Some(_), None) if self.exceptions.len() >= EXCEPTIONS_MAX => {
+                Err(format!("more than {EXCEPTIONS_MAX} server addresses"))
+            }
+            (Some(wanted), None) => {
+                self.changes.add_route(&wanted).map_err(line)?;
+                self.exceptions.insert(server, wanted);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Role for ClientRole {
+    fn answer(&mut self, request: Request) -> (Reply, Option<OwnedFd>) {
+        let result = match request {
+            Request::Ready => Ok(None),
+            Request::OuterSocket { server } => self.outer_socket(server).map(Some),
+            Request::Configure(settings) => self.configure(settings).map(|()| None),
+            _ => Err("a client's daemon does not ask for this".into()),
+        };
+        match result {
+            Ok(None) => (Reply::Done, None),
+            Ok(Some(socket)) => (Reply::Socket, Some(socket)),
+            Err(error) => (Reply::Error(error), None),
+        }
+    }
+
+    fn watched(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn notice(&mut self) -> Option<Notice> {
+        None
+    }
+}

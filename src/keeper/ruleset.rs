@@ -1,0 +1,297 @@
+//! The server's nftables table as text, and what other tables would do to the tunnel's traffic. Pure.
+
+use std::fmt::Write;
+use std::net::IpAddr;
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use serde_json::Value;
+
+use super::plan::Tunnel;
+use crate::config::INTERFACE;
+
+/// Ports below belong to services.
+const NAT_PORT_MIN: u16 = 1024;
+const NAT_PORT_MAX: u16 = u16::MAX;
+const IPV4_TCP_HEADER_BYTES: u32 = 40;
+const IPV6_TCP_HEADER_BYTES: u32 = 60;
+
+/// What the server's rules depend on.
+#[derive(Clone, Debug)]
+pub struct ServerRules<'a> {
+    /// The tunnel's interface.
+    pub tunnel: &'a Tunnel,
+    /// Inner IPv4 addresses.
+    pub pool_v4: Ipv4Net,
+    /// Inner IPv6 addresses.
+    pub pool_v6: Ipv6Net,
+    /// The server's own inner addresses.
+    pub own: [IpAddr; 2],
+    /// Whether peers may reach each other.
+    pub client_to_client: bool,
+    /// The smallest MTU among the interfaces to the internet, bytes.
+    pub egress_mtu: Option<u32>,
+    /// Ports that the server listens on.
+    pub listen_ports: Vec<u16>,
+}
+
+/// The name of the table that belongs to an interface.
+pub fn table_name(interface: &str) -> String {
+    if interface == INTERFACE {
+        "ringtun".into()
+    } else {
+        format!("ringtun-{interface}")
+    }
+}
+
+/// The table, as `nft -f` takes it: it replaces the one that may be there, all at once.
+pub fn ruleset(rules: &ServerRules<'_>) -> String {
+    let name = table_name(&rules.tunnel.name);
+    let mut text = format!("table inet {name}\ndelete table inet {name}\ntable inet {name} {{\n");
+    text.push_str(&chain(
+        "prerouting",
+        "type filter hook prerouting priority raw",
+        &source_rules(rules),
+    ));
+    text.push_str(&chain(
+        "forward",
+        "type filter hook forward priority filter",
+        &forward_rules(rules),
+    ));
+    text.push_str(&chain(
+        "postrouting",
+        "type nat hook postrouting priority srcnat",
+        &nat_rules(rules),
+    ));
+    text.push_str("}\n");
+    text
+}
+
+fn chain(name: &str, hook: &str, rules: &[String]) -> String {
+    let mut text = format!("\tchain {name} {{\n\t\t{hook}; policy accept;\n");
+    for rule in rules {
+        let _ = writeln!(text, "\t\t{rule}");
+    }
+    text.push_str("\t}\n");
+    text
+}
+
+/// Out of the tunnel come pool addresses only, and the server's inner addresses are reached through it only.
+fn source_rules(rules: &ServerRules<'_>) -> Vec<String> {
+    let tunnel = &rules.tunnel.name;
+    let [own_v4, own_v6] = rules.own;
+    vec![
+        format!(r#"iifname "{tunnel}" ip saddr != {} drop"#, rules.pool_v4),
+        format!(r#"iifname "{tunnel}" ip6 saddr != {} drop"#, rules.pool_v6),
+        format!(r#"iifname != {{ "{tunnel}", "lo" }} ip daddr {own_v4} drop"#),
+        format!(r#"iifname != {{ "{tunnel}", "lo" }} ip6 daddr {own_v6} drop"#),
+    ]
+}
+
+/// Peers do not reach each other unless that is wanted, and nobody reaches a peer that has not asked first.
+fn forward_rules(rules: &ServerRules<'_>) -> Vec<String> {
+    let tunnel = &rules.tunnel.name;
+    let among_peers = if rules.client_to_client {
+        "accept"
+    } else {
+        "drop"
+    };
+    let mut lines = vec![
+        format!(r#"iifname "{tunnel}" oifname "{tunnel}" {among_peers}"#),
+        format!(r#"oifname "{tunnel}" ct state != {{ established, related }} drop"#),
+    ];
+    if let Some(mtu) = rules.egress_mtu
+        && mtu < u32::from(rules.tunnel.mtu)
+    {
+        for (family, header_bytes) in [
+            ("ipv4", IPV4_TCP_HEADER_BYTES),
+            ("ipv6", IPV6_TCP_HEADER_BYTES),
+        ] {
+            let mss = mtu.saturating_sub(header_bytes);
+            for direction in ["iifname", "oifname"] {
+                lines.push(format!(
+                    r#"{direction} "{tunnel}" meta nfproto {family} tcp flags & (syn | rst) == syn tcp option maxseg size > {mss} tcp option maxseg size set {mss}"#
+                ));
+            }
+        }
+    }
+    lines
+}
+
+/// The pool leaves by the address of whatever interface it leaves by.
+fn nat_rules(rules: &ServerRules<'_>) -> Vec<String> {
+    let tunnel = &rules.tunnel.name;
+    let (first, last) = nat_ports(&rules.listen_ports);
+    let pools = [
+        format!("ip saddr {}", rules.pool_v4),
+        format!("ip6 saddr {}", rules.pool_v6),
+    ];
+    pools
+        .iter()
+        .flat_map(|pool| {
+            let from = format!(r#"{pool} oifname != "{tunnel}""#);
+            [
+                format!("{from} meta l4proto {{ tcp, udp }} masquerade to :{first}-{last}"),
+                format!("{from} masquerade"),
+            ]
+        })
+        .collect()
+}
+
+/// The largest range of ports without a listener: a translated connection must never sit on one (CVE-2021-3773).
+fn nat_ports(listen_ports: &[u16]) -> (u16, u16) {
+    let mut taken: Vec<u16> = listen_ports
+        .iter()
+        .copied()
+        .filter(|port| *port >= NAT_PORT_MIN)
+        .collect();
+    taken.sort_unstable();
+    let mut best = (0, (NAT_PORT_MIN, NAT_PORT_MAX));
+    let mut first = u32::from(NAT_PORT_MIN);
+    let end = u32::from(NAT_PORT_MAX) + 1;
+    for port in taken.into_iter().map(u32::from).chain([end]) {
+        if port > first && port - first > best.0 {
+            best = (port - first, (first as u16, (port - 1) as u16));
+        }
+        first = port + 1;
+    }
+    best.1
+}
+
+/// One line for every other table that would drop what the tunnel forwards, with the commands that let it through.
+/// `ruleset_json` is what `nft -j list ruleset` prints; what cannot be read gives no warning.
+pub fn forward_blockers(ruleset_json: &str, tunnel: &str) -> Vec<String> {
+    let Ok(ruleset) = serde_json::from_str::<Value>(ruleset_json) else {
+        return Vec::new();
+    };
+    let empty = Vec::new();
+    let objects = ruleset["nftables"].as_array().unwrap_or(&empty);
+    let own = table_name(tunnel);
+    let lets_us_through = |family: &Value, table: &Value| {
+        objects.iter().any(|object| {
+            let rule = &object["rule"];
+            &rule["family"] == family && &rule["table"] == table && mentions(&rule["expr"], tunnel)
+        })
+    };
+    objects
+        .iter()
+        .map(|object| &object["chain"])
+        .filter(|chain| {
+            let firewalld = chain["table"] == "firewalld" && chain["hook"] == "forward";
+            chain["hook"] == "forward"
+                && (chain["policy"] == "drop" || firewalld)
+                && chain["table"] != own.as_str()
+                && !lets_us_through(&chain["family"], &chain["table"])
+        })
+        .map(|chain| {
+            let text = |key: &str| chain[key].as_str().unwrap_or("?");
+            let (family, table, name) = (text("family"), text("table"), text("name"));
+            let has_chain = |wanted: &str| {
+                objects.iter().any(|object| {
+                    object["chain"]["name"] == wanted && object["chain"]["family"] == family
+                })
+            };
+            let fix = if table == "firewalld" {
+                format!("firewall-cmd --zone=trusted --add-interface={tunnel}")
+            } else if has_chain("DOCKER-USER") {
+                both("; ", |side| format!("iptables -I DOCKER-USER -{side} {tunnel} -j ACCEPT"), ["i", "o"])
+            } else if has_chain("ufw-user-forward") || has_chain("ufw6-user-forward") {
+                both("; ", |side| format!("ufw route allow {side} on {tunnel}"), ["in", "out"])
+            } else {
+                both(
+                    "; ",
+                    |side| format!("nft insert rule {family} {table} {name} {side} {tunnel} accept"),
+                    ["iifname", "oifname"],
+                )
+            };
+            format!("another firewall ({family} {table} {name}) drops forwarded packets, so clients get no internet; let the tunnel through: {fix}")
+        })
+        .collect()
+}
+
+fn both(separator: &str, command: impl Fn(&str) -> String, sides: [&str; 2]) -> String {
+    sides.map(command).join(separator)
+}
+
+fn mentions(value: &Value, name: &str) -> bool {
+    match value {
+        Value::String(text) => text == name,
+        Value::Array(values) => values.iter().any(|value| mentions(value, name)),
+        Value::Object(members) => members.values().any(|value| mentions(value, name)),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn translated_ports_avoid_every_listener() {
+        assert_eq!(nat_ports(&[443, 80]), (1024, 65535));
+        assert_eq!(nat_ports(&[8443]), (8444, 65535));
+        assert_eq!(nat_ports(&[60000]), (1024, 59999));
+        assert_eq!(nat_ports(&[65535, 1024, 1024]), (1025, 65534));
+        assert_eq!(nat_ports(&[20000, 50000]), (20001, 49999));
+    }
+
+    #[test]
+    fn only_the_first_interface_has_the_short_name() {
+        assert_eq!(table_name("ringtun0"), "ringtun");
+        assert_eq!(table_name("rt1"), "ringtun-rt1");
+    }
+
+    fn rules(tunnel: &Tunnel, egress_mtu: u32) -> String {
+        ruleset(&ServerRules {
+            tunnel,
+            pool_v4: "10.87.0.0/16".parse().expect("pool"),
+            pool_v6: "fd01::/64".parse().expect("pool"),
+            own: ["10.87.0.1", "fd01::1"].map(|address| address.parse().expect("address")),
+            client_to_client: false,
+            egress_mtu: Some(egress_mtu),
+            listen_ports: vec![443],
+        })
+    }
+
+    #[test]
+    fn segments_are_clamped_only_below_a_smaller_mtu() {
+        let tunnel = Tunnel {
+            name: "ringtun0".into(),
+            index: 7,
+            mtu: 1500,
+        };
+        assert!(!rules(&tunnel, 1500).contains("maxseg"));
+        assert!(!rules(&tunnel, 9000).contains("maxseg"));
+        let clamped = rules(&tunnel, 1400);
+        assert!(clamped.contains("set 1360") && clamped.contains("set 1340"));
+    }
+
+    fn firewall(table: &str, chains: &str) -> String {
+        format!(
+            r#"{{"nftables": [{{"metainfo": {{"version": "1.0.6"}}}},
+                {{"table": {{"family": "ip", "name": "{table}"}}}},
+                {{"chain": {{"family": "ip", "table": "{table}", "name": "FORWARD", "type": "filter",
+                  "hook": "forward", "prio": 0, "policy": "drop"}}}}{chains}]}}"#
+        )
+    }
+
+    #[test]
+    fn a_dropping_firewall_is_told_with_the_fix_that_fits_it() {
+        let docker = r#",{"chain": {"family": "ip", "table": "filter", "name": "DOCKER-USER"}}"#;
+        let warnings = forward_blockers(&firewall("filter", docker), "rt1");
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].contains("iptables -I DOCKER-USER -i rt1 -j ACCEPT"));
+
+        let warnings = forward_blockers(&firewall("mine", ""), "rt1");
+        assert!(warnings[0].contains("nft insert rule ip mine FORWARD oifname rt1 accept"));
+    }
+
+    #[test]
+    fn a_firewall_that_knows_the_tunnel_and_our_own_table_are_left_in_peace() {
+        let fixed = r#",{"rule": {"family": "ip", "table": "filter", "chain": "FORWARD", "expr": [
+            {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "rt1"}}, {"accept": null}]}}"#;
+        assert!(forward_blockers(&firewall("filter", fixed), "rt1").is_empty());
+        assert_eq!(forward_blockers(&firewall("filter", fixed), "rt2").len(), 1);
+        assert!(forward_blockers(&firewall("ringtun-rt1", ""), "rt1").is_empty());
+        assert!(forward_blockers("not JSON", "rt1").is_empty());
+    }
+}

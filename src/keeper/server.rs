@@ -1,0 +1,230 @@
+//! What the keeper does for a server.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use socket2::SockRef;
+
+use super::daemon::{Daemon, Role, Signals};
+use super::plan::{self, ServerNetwork};
+use super::request::{Notice, Peer, Reply, Request, SavedLease, ServerSetup, Setup};
+use super::state::{PEERS_FILE, StateDir, StateError};
+use super::undo::line;
+use super::{KeeperError, begin, cores, make_interface, ruleset};
+use crate::config::{NAMESERVERS_MAX, ServerConfig};
+use crate::sys::socket::{self, ListenError};
+use crate::sys::{dns, nft};
+use crate::tls::certificate::Identity;
+
+/// How long the listening ports of a daemon that was killed may take to become free.
+const LEFTOVER_PORTS_TIMEOUT: Duration = Duration::from_secs(2);
+const LEFTOVER_PORTS_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Runs a server until it is asked to stop. `config` has been validated.
+///
+/// # Errors
+/// [`KeeperError`]. The host is as before then, too.
+pub fn run_server(config: ServerConfig) -> Result<(), KeeperError> {
+    let signals = Signals::block()?;
+    let mut changes = begin(&config.interface)?;
+    nft::check_installed()?;
+    let state = StateDir::open(&config.state_dir)?;
+    let identity = identity(&config, &state)?;
+    let listeners = Listeners::open(&config.listen, changes.found_leftovers())?;
+
+    let queues = config.worker_count(cores());
+    let (tun, tunnel) = make_interface(&mut changes, &config.interface, config.mtu, queues)?;
+    let pool_v4 = config.pool_v4.trunc();
+    let pool_v6 = config.pool_v6.unwrap_or(state.pool_v6()).trunc();
+    let host = changes.observe()?;
+    let network = ServerNetwork {
+        pool_v4,
+        pool_v6,
+        listen: &config.listen,
+        client_to_client: config.client_to_client,
+    };
+    changes.reach(&tunnel, &plan::server(&host, &tunnel, &network))?;
+    warn_of_other_firewalls(&tunnel.name);
+
+    // Watched before it is read, so that no change is missed.
+    let mut role = ServerRole {
+        peers: PeersWatch::new(state.path())?,
+        state,
+        pool_v4,
+        pool_v6,
+    };
+    let setup = Setup::Server(Box::new(ServerSetup {
+        tun_offload_flags: tun.offload_flags,
+        tun_queues: tun.queues.len(),
+        listeners: config.listen.clone(),
+        certificate_chain: identity.chain.iter().map(|der| der.to_vec()).collect(),
+        private_key: identity.key.secret_der().to_vec(),
+        pool_v4,
+        pool_v6,
+        peers: role.all_peers()?,
+        leases: role.state.leases()?,
+        dns: config.dns.clone().unwrap_or_else(|| {
+            let mut nameservers = dns::shareable_nameservers();
+            nameservers.truncate(NAMESERVERS_MAX);
+            nameservers
+        }),
+        ipv6_uplink: host.has_ipv6_uplink(&tunnel),
+        config,
+    }));
+    let mut fds = tun.queues;
+    fds.extend(listeners.duplicates()?);
+    let served = Daemon::start(&setup, fds)?.serve(&signals, &mut role);
+    drop(listeners);
+    let undone = changes.undo_all();
+    served?;
+    Ok(undone?)
+}
+
+/// The operator's certificate, or the generated one.
+fn identity(config: &ServerConfig, state: &StateDir) -> Result<Identity, KeeperError> {
+    let (Some(certificate), Some(key)) = (&config.certificate, &config.private_key) else {
+        return Ok(state.identity()?);
+    };
+    let read = |path: &Path| {
+        fs::read(path).map_err(|source| KeeperError::Certificate {
+            path: path.display().to_string(),
+            source: source.into(),
+        })
+    };
+    Identity::from_pem(&read(certificate)?, &read(key)?)
+        .map_err(|source| KeeperError::certificate(certificate, source))
+}
+
+/// A warning only: the operator may be about to fix it, and rules change while we run.
+fn warn_of_other_firewalls(tunnel: &str) {
+    match nft::list_ruleset_json() {
+        Ok(json) => {
+            for warning in ruleset::forward_blockers(&json, tunnel) {
+                tracing::warn!("{warning}");
+            }
+        }
+        Err(error) => tracing::debug!("cannot look at other firewalls: {}", line(error)),
+    }
+}
+
+/// Listening sockets. When dropped they stop listening at once, even where a dead daemon's ring still holds them.
+struct Listeners(Vec<OwnedFd>);
+
+impl Listeners {
+    fn open(addresses: &[SocketAddr], may_be_leftovers: bool) -> Result<Self, KeeperError> {
+        let deadline = Instant::now() + LEFTOVER_PORTS_TIMEOUT;
+        let mut listeners = Vec::new();
+        for address in addresses {
+            let listener = loop {
+                match socket::listen(*address) {
+                    Err(ListenError::Busy { .. })
+                        if may_be_leftovers && Instant::now() < deadline =>
+                    {
+                        thread::sleep(LEFTOVER_PORTS_INTERVAL);
+                    }
+                    result => break result?,
+                }
+            };
+            listeners.push(listener);
+        }
+        Ok(Listeners(listeners))
+    }
+
+    fn duplicates(&self) -> Result<Vec<OwnedFd>, KeeperError> {
+        self.0
+            .iter()
+            .map(|listener| listener.try_clone())
+            .collect::<Result<_, _>>()
+            .map_err(|source| KeeperError::Process("duplicate a listening socket", source))
+    }
+}
+
+impl Drop for Listeners {
+    fn drop(&mut self) {
+        for listener in &self.0 {
+            let _ = SockRef::from(listener).shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+struct ServerRole {
+    peers: PeersWatch,
+    state: StateDir,
+    pool_v4: Ipv4Net,
+    pool_v6: Ipv6Net,
+}
+
+impl ServerRole {
+    fn all_peers(&self) -> Result<Vec<Peer>, StateError> {
+        Ok(self.state.peers()?.into_iter().map(Peer::from).collect())
+    }
+
+    fn save_lease(&self, lease: &SavedLease) -> Result<(), String> {
+        if !self.pool_v4.contains(&lease.v4) || !self.pool_v6.contains(&lease.v6) {
+            return Err("these addresses are not in the pool".into());
+        }
+        self.state.save_lease(lease).map_err(line)
+    }
+}
+
+impl Role for ServerRole {
+    fn answer(&mut self, request: Request) -> (Reply, Option<OwnedFd>) {
+        let result = match request {
+            Request::Ready => Ok(()),
+            Request::SaveLease(lease) => self.save_lease(&lease),
+            _ => Err("a server's daemon does not ask for this".into()),
+        };
+        (result.map_or_else(Reply::Error, |()| Reply::Done), None)
+    }
+
+    fn watched(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.peers.0.as_fd())
+    }
+
+    fn notice(&mut self) -> Option<Notice> {
+        if !self.peers.take() {
+            return None;
+        }
+        match self.all_peers() {
+            Ok(peers) => Some(Notice::Peers(peers)),
+            Err(error) => {
+                tracing::error!("the peers stay as they were: {}", line(error));
+                None
+            }
+        }
+    }
+}
+
+/// Watches the state directory for a new list of peers.
+struct PeersWatch(Inotify);
+
+impl PeersWatch {
+    fn new(directory: &Path) -> Result<Self, KeeperError> {
+        let watch = || {
+            let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+            let written = AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CLOSE_WRITE;
+            inotify.add_watch(directory, written)?;
+            Ok(PeersWatch(inotify))
+        };
+        watch().map_err(|error: nix::Error| {
+            KeeperError::Process("watch the state directory", error.into())
+        })
+    }
+
+    /// Whether the list has changed since the last call.
+    fn take(&self) -> bool {
+        let mut changed = false;
+        while let Ok(events) = self.0.read_events() {
+            changed |= events
+                .iter()
+                .any(|event| event.name.as_deref().is_some_and(|name| name == PEERS_FILE));
+        }
+        changed
+    }
+}
