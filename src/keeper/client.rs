@@ -11,17 +11,18 @@ use super::request::{ClientSetup, Notice, Reply, Request, Setup, TunnelSettings}
 use super::undo::line;
 use super::{KeeperError, begin, cores, make_interface};
 use crate::config::ClientConfig;
+use crate::invite::Invite;
 use crate::sys::route::{self, OwnRoute};
 use crate::sys::socket;
 
 /// Outer server addresses that may have an exception route at the same time.
 const EXCEPTIONS_MAX: usize = 16;
 
-/// Runs a client until it is asked to stop. `config` has been validated, and `invite` parsed once.
+/// Runs a client until it is asked to stop; then the exit code is 0. `config` has been validated.
 ///
 /// # Errors
 /// [`KeeperError`]. The host is as before then, too.
-pub fn run_client(config: ClientConfig, invite: &str) -> Result<(), KeeperError> {
+pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperError> {
     let signals = Signals::block()?;
     let mut changes = begin(&config.interface)?;
     let queues = config.worker_count(cores());
@@ -33,7 +34,7 @@ pub fn run_client(config: ClientConfig, invite: &str) -> Result<(), KeeperError>
         exceptions: BTreeMap::new(),
     };
     let setup = Setup::Client(Box::new(ClientSetup {
-        invite: invite.to_owned(),
+        invite: invite.to_string(),
         tun_offload_flags: tun.offload_flags,
         tun_queues: tun.queues.len(),
         config,
@@ -41,7 +42,8 @@ pub fn run_client(config: ClientConfig, invite: &str) -> Result<(), KeeperError>
     let served = Daemon::start(&setup, tun.queues)?.serve(&signals, &mut role);
     let undone = role.changes.undo_all();
     served?;
-    Ok(undone?)
+    undone?;
+    Ok(0)
 }
 
 struct ClientRole {

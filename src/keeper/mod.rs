@@ -33,7 +33,6 @@ pub use client::run_client;
 pub use link::{DaemonStart, Link, LinkError, Notices, SetupFds};
 pub use server::run_server;
 pub use state::StateDir;
-pub use undo::{Down, down};
 
 use crate::sys::netns;
 use crate::sys::nft::NftError;
@@ -42,7 +41,7 @@ use crate::sys::tun::{self, Tun, TunError};
 use crate::tls::certificate::CertificateError;
 use apply::{ApplyError, Changes};
 use plan::Tunnel;
-use undo::{Record, UndoError};
+use undo::{Down, Record, UndoError};
 
 /// Why a run ended, in one line that says what to do; causes are in `source`.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +110,35 @@ impl KeeperError {
             source: source.into(),
         }
     }
+}
+
+/// Stops what runs in this network namespace and undoes what a kill has left, for one interface or for all. The exit
+/// code is 0, also when there is nothing to do.
+///
+/// # Errors
+/// [`KeeperError`].
+pub fn down(interface: Option<&str>) -> Result<u8, KeeperError> {
+    let found = undo::down(interface)?;
+    if found.is_empty() {
+        tracing::info!("nothing to take down in this network namespace");
+    }
+    for one in found {
+        match one {
+            Down::Stopped { interface } => tracing::info!("{interface} has been stopped"),
+            Down::CleanedUp { interface } => {
+                tracing::info!("what was left of {interface} has been undone");
+            }
+        }
+    }
+    Ok(0)
+}
+
+/// Makes this process the daemon, see [`DaemonStart::enter`].
+///
+/// # Errors
+/// [`LinkError`].
+pub fn daemon_start() -> Result<DaemonStart, LinkError> {
+    DaemonStart::enter()
 }
 
 /// Claims the interface name and undoes what a killed predecessor left.

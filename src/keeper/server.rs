@@ -26,11 +26,11 @@ use crate::tls::certificate::Identity;
 const LEFTOVER_PORTS_TIMEOUT: Duration = Duration::from_secs(2);
 const LEFTOVER_PORTS_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Runs a server until it is asked to stop. `config` has been validated.
+/// Runs a server until it is asked to stop; then the exit code is 0. `config` has been validated.
 ///
 /// # Errors
 /// [`KeeperError`]. The host is as before then, too.
-pub fn run_server(config: ServerConfig) -> Result<(), KeeperError> {
+pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
     let signals = Signals::block()?;
     let mut changes = begin(&config.interface)?;
     nft::check_installed()?;
@@ -83,7 +83,8 @@ pub fn run_server(config: ServerConfig) -> Result<(), KeeperError> {
     drop(listeners);
     let undone = changes.undo_all();
     served?;
-    Ok(undone?)
+    undone?;
+    Ok(0)
 }
 
 /// The operator's certificate, or the generated one.

@@ -1,6 +1,5 @@
 //! The `nft` program: rulesets as text in, JSON out.
 
-use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -76,7 +75,7 @@ fn command(arguments: &[&str]) -> Result<Command, NftError> {
 }
 
 fn program() -> Result<PathBuf, NftError> {
-    let path = std::env::var_os("PATH").unwrap_or_else(OsString::new);
+    let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .chain(SYSTEM_DIRECTORIES.iter().map(PathBuf::from))
         .map(|directory| directory.join("nft"))
