@@ -106,15 +106,15 @@ fn inspection() -> String {
     }}
     chain from_client {{
         ct mark and 1 == 1 accept
-        ct original proto-dst 443 {client_hello} ct mark set ct mark or 1 accept
-        ct original proto-dst 80 @ih,0,32 {{ {methods} }} ct mark set ct mark or 1 accept
+        tcp dport 443 {client_hello} ct mark set ct mark or 1 accept
+        tcp dport 80 @ih,0,32 {{ {methods} }} ct mark set ct mark or 1 accept
         jump no_payload
     }}
     chain from_server {{
         ct mark and 2 == 2 accept
-        ct mark and 1 == 1 ct original proto-dst 443 {server_hello} ct mark set ct mark or 2 accept
-        ct mark and 1 == 1 ct original proto-dst 443 @ih,0,16 0x1503 ct mark set ct mark or 2 accept
-        ct mark and 1 == 1 ct original proto-dst 80 @ih,0,32 0x48545450 ct mark set ct mark or 2 accept
+        ct mark and 1 == 1 tcp sport 443 {server_hello} ct mark set ct mark or 2 accept
+        ct mark and 1 == 1 tcp sport 443 @ih,0,16 0x1503 ct mark set ct mark or 2 accept
+        ct mark and 1 == 1 tcp sport 80 @ih,0,32 0x48545450 ct mark set ct mark or 2 accept
         jump no_payload
     }}
     chain no_payload {{

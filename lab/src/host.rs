@@ -182,6 +182,34 @@ impl Host {
             })
     }
 
+    /// Everything that a tunnel might change on the host, as text for a comparison of before and after:
+    /// links, routes, rules, nftables, resolv.conf and the network's sysctls.
+    ///
+    /// # Errors
+    /// When one of them cannot be read.
+    pub fn network_state(&self) -> Result<String, ProcessError> {
+        let commands = [
+            "ip -d link",
+            "ip address show",
+            "ip route show table all",
+            "ip -6 route show table all | sed 's/ expires [0-9]*sec//'",
+            "ip rule",
+            "ip -6 rule",
+            "nft list ruleset",
+            "ls -l /etc/resolv.conf",
+            "cat /etc/resolv.conf",
+            "ls -A /run/ringtun",
+            // Counters are no state.
+            "grep -rs . /proc/sys/net --exclude=nf_conntrack_count",
+        ];
+        let mut state = String::new();
+        for command in commands {
+            let output = self.run("sh", ["-c", command])?;
+            state += &format!("# {command}\n{}", output.text());
+        }
+        Ok(state)
+    }
+
     /// Sets a sysctl of the host's network, given as a path below `/proc/sys`.
     pub(crate) fn sysctl(&self, key: &str, value: &str) -> Result<(), NamespaceError> {
         self.write_file(Path::new("/proc/sys").join(key), value)

@@ -15,14 +15,19 @@
 //! ```
 //!
 //! Where to read: [`topology`] (what there is), [`host`] and [`process`] (what a test does with it),
-//! [`probe`] (who reaches whom), [`firewall`], [`link`] and [`netns`] (how it is made).
+//! [`probe`] (who reaches whom), [`firewall`], [`link`] and [`netns`] (how it is made), [`scenario`] and
+//! [`bench`](mod@bench) (ringtun shown and measured in it), [`standing`] (a lab that outlives its command).
 
+pub mod bench;
 pub mod firewall;
 pub mod host;
 pub mod link;
 pub mod netns;
 pub mod probe;
 pub mod process;
+pub mod report;
+pub mod scenario;
+pub mod standing;
 pub mod topology;
 
 pub use host::{Host, Ping};

@@ -16,7 +16,7 @@ use rtnetlink::{
 
 use crate::netns::{Namespace, NamespaceError};
 
-/// `IFA_F_NODAD`: the lab's addresses are unique, and waiting for that to be found out takes a second.
+/// `IFA_F_NODAD`: an address that is usable at once.
 const NO_DUPLICATE_DETECTION: AddressHeaderFlags = AddressHeaderFlags::from_bits_retain(0x02);
 
 /// Why a link, an address or a route could not be set.

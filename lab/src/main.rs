@@ -1,2 +1,323 @@
-//! x
-fn main() {}
+//! `lab`: shows, holds and measures ringtun in namespaces.
+
+use std::env;
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Read, stdout};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{self, Command, ExitCode, ExitStatus, Stdio};
+use std::thread;
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+use nix::unistd::setsid;
+use ringtun_lab::bench::{self, Effort};
+use ringtun_lab::netns::become_root;
+use ringtun_lab::report::Report;
+use ringtun_lab::standing::{self, Standing};
+use ringtun_lab::{Host, Lab, Topology, scenario};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+const USAGE_ERROR: u8 = 2;
+
+/// Shows, holds and measures ringtun in a network of namespaces on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "lab", version, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Show what the firewall blocks and that ringtun carries it, and leave nothing behind
+    Demo {
+        #[command(flatten)]
+        ringtun: Ringtun,
+    },
+    /// Make a lab that stays until `lab down`
+    Up {
+        #[command(flatten)]
+        name: Name,
+        /// What stands between the clients and the internet
+        #[arg(long, value_enum, default_value_t)]
+        topology: Topology,
+    },
+    /// End the lab that `lab up` made
+    Down {
+        #[command(flatten)]
+        name: Name,
+    },
+    /// Run a command on a host of the lab that `lab up` made
+    Exec {
+        #[command(flatten)]
+        name: Name,
+        /// client, client2, firewall, internet, server or web
+        host: String,
+        /// The command
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
+    /// Open a shell on a host of the lab that `lab up` made
+    Shell {
+        #[command(flatten)]
+        name: Name,
+        /// client, client2, firewall, internet, server or web
+        host: String,
+    },
+    /// Measure the direct path against ringtun
+    Bench {
+        #[command(flatten)]
+        ringtun: Ringtun,
+        /// One minute instead of five
+        #[arg(long)]
+        quick: bool,
+        /// Write all figures to a file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// What `lab up` leaves behind
+    #[command(hide = true)]
+    Hold {
+        #[command(flatten)]
+        name: Name,
+        #[arg(long, value_enum)]
+        topology: Topology,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Name {
+    /// The lab's name, where there is more than one
+    #[arg(long, default_value = "lab")]
+    name: String,
+}
+
+#[derive(Debug, clap::Args)]
+struct Ringtun {
+    /// The ringtun binary [default: $RINGTUN_BIN, else the one beside this program, else the one in PATH]
+    #[arg(long, value_name = "PATH")]
+    ringtun: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let action = Cli::parse().command;
+    match perform(action) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(action: Action) -> anyhow::Result<ExitCode> {
+    match action {
+        Action::Demo { ringtun } => demo(ringtun),
+        Action::Up { name, topology } => up(&name.name, topology),
+        Action::Down { name } => standing::end(&name.name)
+            .map(|()| ExitCode::SUCCESS)
+            .map_err(Into::into),
+        Action::Exec {
+            name,
+            host,
+            command,
+        } => exec(&standing::find(&name.name, &host)?, &command),
+        Action::Shell { name, host } => shell(&standing::find(&name.name, &host)?),
+        Action::Bench {
+            ringtun,
+            quick,
+            json,
+        } => measure(ringtun, quick, json.as_deref()),
+        Action::Hold { name, topology } => hold(&name.name, topology),
+    }
+}
+
+fn demo(ringtun: Ringtun) -> anyhow::Result<ExitCode> {
+    let Some(ringtun) = ringtun.find() else {
+        return Ok(no_ringtun());
+    };
+    become_root()?;
+    let mut report = Report::new(stdout());
+    let on_signal = end_on_signal()?;
+    scenario::demo(&ringtun, &mut report, on_signal)?;
+    match report.failed() {
+        0 => {
+            report.heading("All of it is as it should be.")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        failed => bail!("{failed} checks failed"),
+    }
+}
+
+fn measure(ringtun: Ringtun, quick: bool, json: Option<&Path>) -> anyhow::Result<ExitCode> {
+    let Some(ringtun) = ringtun.find() else {
+        return Ok(no_ringtun());
+    };
+    become_root()?;
+    let effort = if quick { Effort::QUICK } else { Effort::FULL };
+    let on_signal = end_on_signal()?;
+    let figures = bench::run(&ringtun, effort, on_signal, |line| {
+        eprintln!("{line}");
+        Ok(())
+    })?;
+    print!("{}", figures.to_table());
+    if let Some(path) = json {
+        let text = serde_json::to_string_pretty(&figures)? + "\n";
+        std::fs::write(path, text)
+            .with_context(|| format!("{} cannot be written", path.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Starts the holder and waits until the lab is there.
+fn up(name: &str, topology: Topology) -> anyhow::Result<ExitCode> {
+    let topology = match topology {
+        Topology::Nat => "nat",
+        Topology::Dpi => "dpi",
+    };
+    let mut holder = Command::new(env::current_exe()?)
+        .args(["hold", "--name", name, "--topology", topology])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut line = String::new();
+    BufReader::new(holder.stdout.take().context("the holder's output")?).read_line(&mut line)?;
+    if line.trim() == "up" {
+        println!("lab \"{name}\" is up: client, client2, firewall, internet, server, web");
+        println!("lab shell client opens a shell there, lab down ends it");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut complaint = String::new();
+    holder
+        .stderr
+        .take()
+        .context("the holder's errors")?
+        .read_to_string(&mut complaint)?;
+    holder.wait()?;
+    eprint!("{complaint}");
+    Ok(ExitCode::FAILURE)
+}
+
+/// Holds a lab until told to end.
+fn hold(name: &str, topology: Topology) -> anyhow::Result<ExitCode> {
+    setsid().context("no session of its own")?;
+    let mut standing = Standing::claim(name)?;
+    become_root()?;
+    env::set_current_dir("/")?;
+    let signals = Signals::catch()?;
+    let lab = Lab::build(topology)?;
+    standing.publish(&lab)?;
+    println!("up");
+    signals.wait();
+    // First the lab, then the lock that says that it is there.
+    drop(lab);
+    drop(standing);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn exec(host: &Host, command: &[OsString]) -> anyhow::Result<ExitCode> {
+    let [program, arguments @ ..] = command else {
+        bail!("no command")
+    };
+    Ok(code(host.command(program).args(arguments).foreground()?))
+}
+
+fn shell(host: &Host) -> anyhow::Result<ExitCode> {
+    let shell = env::var_os("SHELL").unwrap_or_else(|| "/bin/sh".into());
+    let prompt = format!("{}# ", host.name());
+    Ok(code(
+        host.command(shell)
+            .env("PS1", prompt)
+            .env("LAB_HOST", host.name())
+            .foreground()?,
+    ))
+}
+
+/// Makes Ctrl-C and SIGTERM end the lab before they end the program. The answer is to be called with the lab.
+fn end_on_signal() -> anyhow::Result<impl FnOnce(&Lab)> {
+    let signals = Signals::catch()?;
+    Ok(move |lab: &Lab| {
+        let ender = lab.ender();
+        thread::spawn(move || {
+            let number = signals.wait();
+            ender.end();
+            process::exit(128 + number);
+        });
+    })
+}
+
+/// The signals that ask a program to end.
+struct Signals {
+    runtime: tokio::runtime::Runtime,
+    caught: [(SignalKind, Signal); 3],
+}
+
+impl Signals {
+    /// From here on they wait for [`Signals::wait`] instead of ending the program.
+    fn catch() -> anyhow::Result<Signals> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()?;
+        let _context = runtime.enter();
+        let catch = |kind| {
+            signal(kind)
+                .map(|signal| (kind, signal))
+                .context("signals cannot be caught")
+        };
+        let caught = [
+            catch(SignalKind::interrupt())?,
+            catch(SignalKind::terminate())?,
+            catch(SignalKind::hangup())?,
+        ];
+        Ok(Signals { runtime, caught })
+    }
+
+    /// Returns the number of the first one that comes.
+    fn wait(self) -> i32 {
+        let Signals {
+            runtime,
+            caught: [mut interrupt, mut terminate, mut hangup],
+        } = self;
+        runtime.block_on(async {
+            tokio::select! {
+                _ = interrupt.1.recv() => interrupt.0.as_raw_value(),
+                _ = terminate.1.recv() => terminate.0.as_raw_value(),
+                _ = hangup.1.recv() => hangup.0.as_raw_value(),
+            }
+        })
+    }
+}
+
+impl Ringtun {
+    fn find(self) -> Option<PathBuf> {
+        let named = self
+            .ringtun
+            .or_else(|| env::var_os("RINGTUN_BIN").map(PathBuf::from));
+        if let Some(named) = named {
+            return named.canonicalize().ok();
+        }
+        let sibling = env::current_exe().ok()?.with_file_name("ringtun");
+        let path = env::var_os("PATH").unwrap_or_default();
+        let installed = env::split_paths(&path).map(|directory| directory.join("ringtun"));
+        std::iter::once(sibling)
+            .chain(installed)
+            .find(|candidate| candidate.is_file())
+    }
+}
+
+fn no_ringtun() -> ExitCode {
+    eprintln!(
+        "lab: there is no ringtun binary; build it (cargo build --release) or name it (--ringtun PATH)"
+    );
+    ExitCode::from(USAGE_ERROR)
+}
+
+/// A command's own exit code, or what a shell makes of the signal that ended it.
+fn code(status: ExitStatus) -> ExitCode {
+    let code = status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+    ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
+}

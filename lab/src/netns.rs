@@ -8,11 +8,12 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::process::CommandExt;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::Arc;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use netns_rs::NetNs;
@@ -72,9 +73,21 @@ pub enum NamespaceError {
 #[derive(Debug)]
 pub struct ProcessTree {
     namespace: Arc<File>,
-    init: Child,
-    /// Init lives until this is closed.
-    leash: Option<ChildStdin>,
+    init: Ender,
+}
+
+/// Ends all processes of a lab, from any thread.
+#[derive(Clone, Debug)]
+pub struct Ender(Arc<Mutex<Child>>);
+
+impl Ender {
+    /// Kills what runs in the lab and returns when the last process is gone. The second time there is
+    /// nothing to do.
+    pub fn end(&self) {
+        let mut init = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // `wait` closes the pipe that init reads.
+        let _ = init.wait();
+    }
 }
 
 impl ProcessTree {
@@ -91,37 +104,41 @@ impl ProcessTree {
                     source,
                 },
             })?;
-            // Orphans become init's children; with SIGCHLD ignored the kernel reaps them.
+            // Orphans become init's children, and a shell that waits reaps all of its children.
             let mut init = Command::new("sh");
-            init.args(["-c", "trap '' CHLD; exec cat"]);
+            init.args(["-c", "exec 3<&0; cat <&3 & wait $!"]);
             init.stdin(Stdio::piped())
                 .stdout(Stdio::null())
                 .stderr(Stdio::null());
-            let mut init = start(&mut init)?;
+            init.process_group(0);
+            let init = start(&mut init)?;
             let path = PathBuf::from(format!("/proc/{}/ns/pid", init.id()));
-            let namespace = match File::open(&path) {
-                Ok(namespace) => namespace,
-                Err(source) => {
-                    drop(init.stdin.take());
-                    let _ = init.wait();
-                    return Err(NamespaceError::File { path, source });
+            let opened = File::open(&path).map_err(|source| NamespaceError::File { path, source });
+            let init = Ender(Arc::new(Mutex::new(init)));
+            match opened {
+                Ok(namespace) => Ok(ProcessTree {
+                    namespace: Arc::new(namespace),
+                    init,
+                }),
+                Err(error) => {
+                    init.end();
+                    Err(error)
                 }
-            };
-            let leash = init.stdin.take();
-            Ok(ProcessTree {
-                namespace: Arc::new(namespace),
-                init,
-                leash,
-            })
+            }
         })
+    }
+
+    /// Ends the processes before this value is dropped.
+    #[must_use]
+    pub fn ender(&self) -> Ender {
+        self.init.clone()
     }
 }
 
 impl Drop for ProcessTree {
     /// Ends every process of the lab. Returns when the last one is gone.
     fn drop(&mut self) {
-        drop(self.leash.take());
-        let _ = self.init.wait();
+        self.init.end();
     }
 }
 
@@ -207,6 +224,15 @@ impl Namespace {
     #[must_use]
     pub fn net(&self) -> &NetNs {
         &self.net
+    }
+
+    /// The network namespace's number, as in `/proc/PID/ns/net`.
+    #[must_use]
+    pub fn net_id(&self) -> u64 {
+        self.net
+            .file()
+            .metadata()
+            .map_or(0, |metadata| metadata.ino())
     }
 
     /// Runs `work` on a thread of its own inside the network and mount namespace. Sockets opened there stay

@@ -56,6 +56,14 @@ pub fn tcp(host: &Host, to: SocketAddr, limit: Duration) -> Result<Answer, Names
     })
 }
 
+/// Whether a TCP connection from `host` comes about at all.
+///
+/// # Errors
+/// When the host cannot be entered.
+pub fn connects(host: &Host, to: SocketAddr, limit: Duration) -> Result<bool, NamespaceError> {
+    host.enter(|| TcpStream::connect_timeout(&to, limit).is_ok())
+}
+
 /// Sends a datagram from `host` to a [`Responder`]'s UDP port.
 ///
 /// # Errors

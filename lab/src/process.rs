@@ -330,7 +330,8 @@ impl Drop for Process {
                 let _ = killpg(self.pid, Signal::SIGKILL);
             }
         }
-        let _ = self.wait(GRACE);
+        // Until the whole group has let go of the output.
+        drop(self.wait_until(GRACE, State::is_over));
     }
 }
 

@@ -13,6 +13,7 @@
 //! and on port 443 of [`WEB_SPEED_V4`], which it lets through.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -20,7 +21,7 @@ use ipnet::IpNet;
 use crate::firewall::{self, Policy};
 use crate::host::Host;
 use crate::link::{self, End, LinkError};
-use crate::netns::{Namespace, NamespaceError, ProcessTree};
+use crate::netns::{Ender, Namespace, NamespaceError, ProcessTree};
 use crate::probe::{Responder, ResponderError};
 use crate::process::{Process, ProcessError};
 
@@ -74,7 +75,7 @@ const PREFIX_V6: u8 = 64;
 const READY: Duration = Duration::from_secs(10);
 
 /// What stands between the clients and the internet.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, clap::ValueEnum)]
 pub enum Topology {
     /// A firewall that lets out TCP 80 and 443 and nothing else.
     #[default]
@@ -89,7 +90,7 @@ pub enum Topology {
 pub struct Lab {
     // Fields are dropped in this order: services, the process tree with all processes, then the namespaces.
     _services: Services,
-    _processes: ProcessTree,
+    processes: ProcessTree,
     hosts: Vec<Host>,
 }
 
@@ -135,6 +136,8 @@ impl Lab {
 
         for host in [&client, &client2, &firewall, &internet, &server, &web] {
             link::set_up(host.namespace(), "lo", &[])?;
+            // For the link-local addresses: until they are known to be unique, a router asks no neighbours.
+            host.sysctl("net/ipv6/conf/default/accept_dad", "0")?;
         }
         join((&client, "eth0"), (&firewall, "lan-client"))?;
         join((&client2, "eth0"), (&firewall, "lan-client2"))?;
@@ -181,6 +184,18 @@ impl Lab {
             INTERNET_TO_WEB.map(|net| net.addr()),
         )?;
 
+        // Where br_netfilter is there, frames between the clients would pass the firewall's rules, too.
+        for key in [
+            "net/bridge/bridge-nf-call-iptables",
+            "net/bridge/bridge-nf-call-ip6tables",
+        ] {
+            if firewall
+                .namespace()
+                .run(|| Path::new("/proc/sys").join(key).exists())?
+            {
+                firewall.sysctl(key, "0")?;
+            }
+        }
         for router in [&firewall, &internet] {
             router.sysctl("net/ipv4/ip_forward", "1")?;
             router.sysctl("net/ipv6/conf/all/forwarding", "1")?;
@@ -216,9 +231,15 @@ impl Lab {
         let hosts = vec![client, client2, firewall, internet, server, web];
         Ok(Lab {
             _services: services,
-            _processes: processes,
+            processes,
             hosts,
         })
+    }
+
+    /// Ends the lab's processes from another thread, for instance when a signal came.
+    #[must_use]
+    pub fn ender(&self) -> Ender {
+        self.processes.ender()
     }
 
     /// All hosts.
