@@ -252,6 +252,8 @@ impl Record {
         if self.is_empty() {
             // Whoever locks next checks that the locked file is still there, so it may go while it is locked.
             let _ = fs::remove_dir_all(&self.directory);
+            // Only if nobody else is in there.
+            let _ = self.directory.parent().map(fs::remove_dir);
         }
     }
 
@@ -369,11 +371,16 @@ fn try_lock(directory: &Path) -> Result<Option<Flock<File>>, UndoError> {
         source,
     };
     loop {
-        DirBuilder::new()
+        // Whoever gives up a claim removes the directory, and RUN_DIR with it; then we try again.
+        let vanished = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+        match DirBuilder::new()
             .recursive(true)
             .mode(0o755)
             .create(directory)
-            .map_err(not_writable)?;
+        {
+            Err(error) if vanished(&error) => continue,
+            created => created.map_err(not_writable)?,
+        }
         let opened = OpenOptions::new()
             .write(true)
             .create(true)
@@ -381,7 +388,7 @@ fn try_lock(directory: &Path) -> Result<Option<Flock<File>>, UndoError> {
             .mode(0o600)
             .open(&path);
         let file = match opened {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) if vanished(&error) => continue,
             opened => opened.map_err(not_writable)?,
         };
         let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -429,7 +436,7 @@ mod tests {
             .remove_if_empty();
         record.remove_if_empty();
         drop(record);
-        assert_eq!(fs::read_dir(run.path()).expect("listed").count(), 0);
+        assert!(!run.path().exists());
         Record::claim_under(run.path(), "rt0").expect("claimed again");
     }
 

@@ -40,6 +40,11 @@ pub enum TunError {
         "{TUN_DEVICE_PATH} is missing: run `modprobe tun`, or give the container `--device {TUN_DEVICE_PATH}`"
     )]
     NoDriver(#[source] io::Error),
+    /// The device file's permissions.
+    #[error(
+        "not allowed to open {TUN_DEVICE_PATH}: run as root, or let everyone open it (`chmod 666 {TUN_DEVICE_PATH}`; interfaces still need CAP_NET_ADMIN)"
+    )]
+    DriverNotPermitted(#[source] io::Error),
     /// The process may not make interfaces.
     #[error(
         "not allowed to create the interface {name}: run as root or with CAP_NET_ADMIN (in a container: `--cap-add NET_ADMIN`)"
@@ -123,10 +128,7 @@ fn open_queue(name: &str, multi_queue: bool) -> Result<OwnedFd, TunError> {
         .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
         .open(TUN_DEVICE_PATH)
         .map_err(|source| match source.kind() {
-            io::ErrorKind::PermissionDenied => TunError::NotPermitted {
-                name: name.into(),
-                source,
-            },
+            io::ErrorKind::PermissionDenied => TunError::DriverNotPermitted(source),
             _ => TunError::NoDriver(source),
         })?;
     let mut flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
