@@ -1,2 +1,234 @@
-//! x
-fn main() {}
+//! The program: arguments in, exit code out, one line on standard error when something is wrong.
+
+use std::io::{IsTerminal, Read};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Parser;
+use ringtun::cli::{
+    Cli, ClientArgs, Command, InviteArgs, PeersArgs, PeersCommand, ServerArgs, StateArgs,
+};
+use ringtun::config::{ClientConfig, ConfigError, ServerConfig};
+use ringtun::control::{self, chain};
+use ringtun::invite::{Host, Invite, InviteError, PORT_DEFAULT, Pin, parse_host_and_port};
+use ringtun::keeper::state::{StateDir, StateError};
+use ringtun::keeper::{self, KeeperError};
+use ringtun::proto::http::Token;
+use ringtun::tls::certificate::{CertificateError, Identity};
+use tracing_subscriber::EnvFilter;
+
+/// Asked to stop.
+const EXIT_OK: u8 = 0;
+/// Bad usage or configuration, as clap has it.
+const EXIT_USAGE: u8 = 2;
+/// The variable that may hold the invite.
+const INVITE_VARIABLE: &str = "RINGTUN_INVITE";
+/// An invite on standard input is not longer.
+const INVITE_BYTES_MAX: u64 = 4096;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Invite(#[from] InviteError),
+    #[error(
+        "no invite: give it as argument, as `-` on standard input, in {INVITE_VARIABLE}, or as `invite` in the configuration"
+    )]
+    NoInvite,
+    #[error("cannot read the invite from standard input")]
+    Stdin(#[source] std::io::Error),
+    #[error("{INVITE_VARIABLE} is not text")]
+    NotText,
+
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("the configured certificate cannot be used")]
+    Certificate(#[source] CertificateError),
+    #[error("cannot read {}", .0.display())]
+    File(PathBuf, #[source] std::io::Error),
+    #[error(transparent)]
+    Keeper(#[from] KeeperError),
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Config(_)
+            | Failure::Invite(_)
+            | Failure::NoInvite
+            | Failure::NotText
+            | Failure::Certificate(_) => EXIT_USAGE,
+            Failure::Keeper(error) => error.exit_code(),
+            Failure::Stdin(_) | Failure::State(_) | Failure::File(..) => 1,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_logging();
+    let code = match run(cli.command) {
+        Ok(code) => code,
+        Err(failure) => {
+            eprintln!("ringtun: {}", chain(&failure));
+            failure.exit_code()
+        }
+    };
+    ExitCode::from(code)
+}
+
+fn start_logging() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+fn run(command: Command) -> Result<u8, Failure> {
+    match command {
+        Command::Server(arguments) => Ok(keeper::run_server(server_config(arguments)?)?),
+        Command::Client(arguments) => {
+            let (config, invite) = client_config(arguments)?;
+            Ok(keeper::run_client(config, invite)?)
+        }
+        Command::Down(arguments) => Ok(keeper::down(arguments.interface.as_deref())?),
+        Command::Invite(arguments) => invite(&arguments),
+        Command::Peers(arguments) => peers(arguments),
+        // The ring of the control thread is never torn down, so the process must not wait for it.
+        Command::Daemon => std::process::exit(control::run_daemon().into()),
+    }
+}
+
+fn server_config(arguments: ServerArgs) -> Result<ServerConfig, Failure> {
+    let mut config = stored_config(&arguments.state)?;
+    if !arguments.listen.is_empty() {
+        config.listen = arguments.listen;
+    }
+    config.validate()?;
+    Ok(config)
+}
+
+fn stored_config(arguments: &StateArgs) -> Result<ServerConfig, ConfigError> {
+    let mut config = ServerConfig::load(arguments.config.as_deref())?;
+    if let Some(state_dir) = &arguments.state_dir {
+        config.state_dir = state_dir.clone();
+    }
+    config.validate()?;
+    Ok(config)
+}
+
+/// The configuration and the invite, which is taken out of it: it goes its own way.
+fn client_config(arguments: ClientArgs) -> Result<(ClientConfig, Invite), Failure> {
+    let mut config = ClientConfig::load(arguments.config.as_deref())?;
+    config.validate()?;
+    let configured = config.invite.take();
+    let text = match arguments.invite {
+        Some(text) if text == "-" => invite_from_stdin()?,
+        Some(text) => text,
+        None => match std::env::var(INVITE_VARIABLE) {
+            Ok(text) => text,
+            Err(std::env::VarError::NotUnicode(_)) => return Err(Failure::NotText),
+            Err(std::env::VarError::NotPresent) => configured.ok_or(Failure::NoInvite)?,
+        },
+    };
+    Ok((config, text.trim().parse()?))
+}
+
+fn invite_from_stdin() -> Result<String, Failure> {
+    let mut text = String::new();
+    std::io::stdin()
+        .take(INVITE_BYTES_MAX)
+        .read_to_string(&mut text)
+        .map_err(Failure::Stdin)?;
+    Ok(text)
+}
+
+/// Adds a peer and prints its invite.
+fn invite(arguments: &InviteArgs) -> Result<u8, Failure> {
+    let config = stored_config(&arguments.state)?;
+    let (host, port) = host_and_port(&arguments.host)?;
+    let state = StateDir::open(&config.state_dir)?;
+    let (pin, sni) = recognition(&config, &state, &host)?;
+    let token = Token::from_bytes(state.add_peer(&arguments.name)?);
+    println!(
+        "{}",
+        Invite {
+            token,
+            host,
+            port: port.unwrap_or(PORT_DEFAULT),
+            pin,
+            sni
+        }
+    );
+    Ok(EXIT_OK)
+}
+
+/// How the client is to recognise the server: the pin, and the name to ask for where the host is an address.
+///
+/// A generated certificate is always pinned. The operator's own, for a name, is left to the authorities that the
+/// client trusts, so that it may be renewed with another key.
+fn recognition(
+    config: &ServerConfig,
+    state: &StateDir,
+    host: &Host,
+) -> Result<(Option<Pin>, Option<String>), Failure> {
+    let is_address = matches!(host, Host::Ip(_));
+    match (&config.certificate, &config.private_key) {
+        (Some(_), Some(_)) if !is_address => Ok((None, None)),
+        (Some(certificate), Some(key)) => {
+            let identity = Identity::from_pem(&read(certificate)?, &read(key)?)
+                .map_err(Failure::Certificate)?;
+            Ok((
+                Some(Pin(identity.pin().map_err(Failure::Certificate)?)),
+                None,
+            ))
+        }
+        _ => {
+            let pin = state.identity()?.pin().map_err(Failure::Certificate)?;
+            Ok((
+                Some(Pin(pin)),
+                is_address.then(|| state.host_name().to_owned()),
+            ))
+        }
+    }
+}
+
+/// Lists or revokes peers.
+fn peers(arguments: PeersArgs) -> Result<u8, Failure> {
+    let config = stored_config(&arguments.state)?;
+    let state = StateDir::open(&config.state_dir)?;
+    match arguments.command {
+        None | Some(PeersCommand::List) => list(&state)?,
+        Some(PeersCommand::Revoke { name }) => state.revoke_peer(&name)?,
+    }
+    Ok(EXIT_OK)
+}
+
+/// One line a peer: its name and its addresses, if it has ever been connected.
+fn list(state: &StateDir) -> Result<(), Failure> {
+    let leases = state.leases()?;
+    for peer in state.peers()? {
+        match leases.iter().find(|lease| lease.peer == peer.name) {
+            Some(lease) => println!("{} {} {}", peer.name, lease.v4, lease.v6),
+            None => println!("{}", peer.name),
+        }
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path).map_err(|source| Failure::File(path.into(), source))
+}
+
+/// As in an invite, but an IPv6 address needs no brackets where no port follows.
+fn host_and_port(text: &str) -> Result<(Host, Option<u16>), InviteError> {
+    match text.parse() {
+        Ok(address) => Ok((Host::Ip(address), None)),
+        Err(_) => parse_host_and_port(text),
+    }
+}

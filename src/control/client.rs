@@ -1,1 +1,512 @@
-//! client
+//! The client's control thread: one session of one or more connections, kept up for as long as it runs.
+//!
+//! Each connection has a place (its ordinal) in the session. A place whose connection is gone, or is silent, gets a
+//! task that tries until it has a new one; the old one, if it is still there, is closed when the new one carries
+//! packets.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::pki_types::ServerName;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::dial::{Candidates, DialError, dial};
+use super::opening::{Opened, OpeningError, Server, Terms, goodbye, open};
+use super::reconnect::Reconnect;
+use super::runtime::spawn;
+use super::{Ending, chain, ended, network, worker_setups};
+use crate::config::ClientConfig;
+use crate::invite::{Host, Invite};
+use crate::keeper::request::{ClientSetup, Notice};
+use crate::keeper::{Link, Notices, SetupFds};
+use crate::proto::capsule::{Capsule, CloseReason};
+use crate::proto::http::InstanceId;
+use crate::proto::offload::Offloads;
+use crate::proto::route_table::{ConnectionRef, RouteTable, SessionId, SessionRoute};
+use crate::sys::route;
+use crate::tls::certificate::{Trust, client_config};
+use crate::worker::connection::InnerSources;
+use crate::worker::{CloseCause, Event, Handoff, Workers};
+
+/// How long the first connection may take before the program gives up.
+pub const START_TIME: Duration = Duration::from_secs(15);
+/// From one attempt to resolve the server's name to the next.
+const RESOLVE_INTERVAL: Duration = Duration::from_secs(1);
+/// How long changes of the network are collected before the way to the server is renewed.
+const NETWORK_SETTLE_TIME: Duration = Duration::from_millis(300);
+
+/// Runs until the keeper says stop, or something final happens.
+pub async fn run(setup: ClientSetup, fds: SetupFds, link: Link, mut notices: Notices) -> Ending {
+    let start_by = Instant::now() + START_TIME;
+    let invite: Invite = match setup.invite.parse() {
+        Ok(invite) => invite,
+        Err(error) => {
+            return Ending::Failed {
+                exit: 2,
+                line: chain(&error),
+            };
+        }
+    };
+    let accepts = Offloads::from_tun_flags(setup.tun_offload_flags);
+    let server = match describe(&invite, accepts) {
+        Ok(server) => server,
+        Err(line) => return Ending::failed(line),
+    };
+    let (events, happened) = mpsc::unbounded_channel();
+    let workers = match Workers::start(worker_setups(fds.tun_queues, accepts), &events) {
+        Ok(workers) => workers,
+        Err(error) => return Ending::failed(chain(&error)),
+    };
+    if link.ready().await.is_err() {
+        return Ending::KeeperGone;
+    }
+    let addresses = tokio::select! {
+        resolved = resolve(&invite, start_by) => match resolved {
+            Ok(addresses) => addresses,
+            Err(line) => return Ending::failed(line),
+        },
+        ending = stopped(&mut notices) => return ending,
+    };
+    let (progress, news) = mpsc::unbounded_channel();
+    let client = Client {
+        target: format!("{}:{}", invite.host, invite.port),
+        port: invite.port,
+        places: (0..setup.config.connections)
+            .map(|_| Place::default())
+            .collect(),
+        network: watch_network(&setup.config.interface),
+        dialling: Rc::new(Dialling {
+            server,
+            candidates: RefCell::new(Candidates::new(addresses, invite.port)),
+            link: link.clone(),
+            progress,
+        }),
+        config: setup.config,
+        link,
+        workers,
+        accepts,
+        applied: None,
+        terms: Terms::default(),
+        failures: BTreeMap::new(),
+        down_since: None,
+    };
+    client.keep_up(start_by, notices, happened, news).await
+}
+
+/// Waits until the keeper wants an end.
+async fn stopped(notices: &mut Notices) -> Ending {
+    loop {
+        match notices.recv().await {
+            Some(Notice::Stop) => return Ending::Asked,
+            Some(Notice::Peers(_)) => {}
+            None => return Ending::KeeperGone,
+        }
+    }
+}
+
+/// The server as the invite describes it.
+fn describe(invite: &Invite, accepts: Offloads) -> Result<Server, String> {
+    let trust = invite.pin.map_or(Trust::WebPki, |pin| Trust::Pin(pin.0));
+    let name = match invite.server_name() {
+        Host::Name(name) => ServerName::try_from(name)
+            .map_err(|error| format!("the invite's server name: {error}"))?,
+        Host::Ip(address) => ServerName::from(address),
+    };
+    Ok(Server {
+        tls: client_config(trust).map_err(|error| chain(&error))?,
+        name,
+        authority: invite.authority(),
+        token: invite.token.clone(),
+        instance: InstanceId::generate().map_err(|error| error.to_string())?,
+        accepts,
+    })
+}
+
+/// Resolves the server's name, once, before the tunnel is there: later it would go through a tunnel that may be dead.
+async fn resolve(invite: &Invite, give_up: Instant) -> Result<Vec<IpAddr>, String> {
+    let name = match &invite.host {
+        Host::Ip(address) => return Ok(vec![*address]),
+        Host::Name(name) => name,
+    };
+    loop {
+        let error = match tokio::time::timeout_at(
+            give_up,
+            tokio::net::lookup_host((name.as_str(), invite.port)),
+        )
+        .await
+        {
+            Ok(Ok(addresses)) => return Ok(addresses.map(|address| address.ip()).collect()),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "no answer".to_owned(),
+        };
+        if Instant::now() + RESOLVE_INTERVAL >= give_up {
+            return Err(format!("cannot resolve the server's name {name}: {error}"));
+        }
+        sleep(RESOLVE_INTERVAL).await;
+    }
+}
+
+/// Without notifications the client still works: it only hears of changes later.
+fn watch_network(interface: &str) -> watch::Receiver<()> {
+    let watched = nix::net::if_::if_nametoindex(interface)
+        .map_err(std::io::Error::from)
+        .and_then(|index| network::watch(index, route::PROTOCOL));
+    watched.unwrap_or_else(|error| {
+        tracing::warn!("cannot watch for network changes: {error}");
+        watch::channel(()).1
+    })
+}
+
+/// What all dialling tasks share.
+struct Dialling {
+    server: Server,
+    candidates: RefCell<Candidates>,
+    link: Link,
+    progress: mpsc::UnboundedSender<Progress>,
+}
+
+/// What a dialling task reports.
+enum Progress {
+    /// The end of its work.
+    Opened { ordinal: u8, opened: Box<Opened> },
+    /// It goes on.
+    NotConnected {
+        address: SocketAddr,
+        error: DialError,
+    },
+    /// It goes on, unless the error is final.
+    NotOpened {
+        address: SocketAddr,
+        error: OpeningError,
+    },
+}
+
+/// Tries until the connection for this place is there.
+async fn fill_place(dialling: Rc<Dialling>, ordinal: u8, mut network: watch::Receiver<()>) {
+    let report = |progress| {
+        // Nobody listens any longer when the client is about to end.
+        let _ = dialling.progress.send(progress);
+    };
+    let mut policy = Reconnect::new(Instant::now().into());
+    loop {
+        let candidates = dialling.candidates.borrow().clone();
+        let (socket, address) = dial(
+            &dialling.link,
+            &candidates,
+            &mut policy,
+            &mut network,
+            |address, error| {
+                report(Progress::NotConnected { address, error });
+            },
+        )
+        .await;
+        match open(&dialling.server, ordinal, socket, address).await {
+            Ok(opened) => {
+                let opened = Box::new(opened);
+                return report(Progress::Opened { ordinal, opened });
+            }
+            Err(error) => {
+                dialling.candidates.borrow_mut().demote(address);
+                report(Progress::NotOpened { address, error });
+            }
+        }
+    }
+}
+
+/// One connection's place in the session.
+#[derive(Default)]
+struct Place {
+    current: Option<(ConnectionRef, SocketAddr)>,
+    /// A task is looking for the next one.
+    dialling: bool,
+}
+
+/// The session.
+struct Client {
+    config: ClientConfig,
+    /// HOST:PORT for the user.
+    target: String,
+    /// The invite's port: what answers there is the server, or in its place.
+    port: u16,
+    dialling: Rc<Dialling>,
+    link: Link,
+    network: watch::Receiver<()>,
+    workers: Workers,
+    accepts: Offloads,
+    places: Vec<Place>,
+    terms: Terms,
+    /// The terms that the keeper has set the host up for; none before the first connection.
+    applied: Option<Terms>,
+    /// What went wrong last, by address.
+    failures: BTreeMap<SocketAddr, String>,
+    down_since: Option<Instant>,
+}
+
+impl Client {
+    async fn keep_up(
+        mut self,
+        start_by: Instant,
+        mut notices: Notices,
+        mut happened: mpsc::UnboundedReceiver<Event>,
+        mut news: mpsc::UnboundedReceiver<Progress>,
+    ) -> Ending {
+        let mut network = self.network.clone();
+        let mut renew_at: Option<Instant> = None;
+        self.dial(0);
+        let ending = loop {
+            let turn = tokio::select! {
+                ending = stopped(&mut notices) => Err(ending),
+                Some(progress) = news.recv() => self.progress(progress).await,
+                Some(event) = happened.recv() => self.event(event).await,
+                () = sleep_until(start_by), if self.applied.is_none() => Err(self.never_started()),
+                Ok(()) = network.changed() => {
+                    renew_at = Some(Instant::now() + NETWORK_SETTLE_TIME);
+                    Ok(())
+                }
+                () = sleep_until(renew_at.unwrap_or(start_by)), if renew_at.is_some() => {
+                    renew_at = None;
+                    self.renew_ways().await;
+                    Ok(())
+                }
+            };
+            if let Err(ending) = turn {
+                break ending;
+            }
+        };
+        self.workers.stop(Some(CloseReason::Shutdown));
+        ending
+    }
+
+    /// Starts looking for a connection for the place, unless that is going on.
+    fn dial(&mut self, ordinal: u8) {
+        let place = &mut self.places[usize::from(ordinal)];
+        if !place.dialling {
+            place.dialling = true;
+            spawn(fill_place(
+                Rc::clone(&self.dialling),
+                ordinal,
+                self.network.clone(),
+            ));
+        }
+    }
+
+    async fn progress(&mut self, progress: Progress) -> Result<(), Ending> {
+        match progress {
+            Progress::Opened { ordinal, opened } => self.opened(ordinal, *opened).await,
+            Progress::NotConnected { address, error } => {
+                self.failed(address, chain(&error));
+                Ok(())
+            }
+            Progress::NotOpened { address, error } => {
+                if let Some(reason) = error.final_reason() {
+                    return Err(Ending::failed(goodbye(reason)));
+                }
+                let line = chain(&error);
+                if self.applied.is_none() && error.is_hopeless() && address.port() == self.port {
+                    return Err(Ending::failed(format!(
+                        "cannot connect to {}: {line}",
+                        self.target
+                    )));
+                }
+                self.failed(address, line);
+                Ok(())
+            }
+        }
+    }
+
+    /// Says why there is no connection, but not the same thing every second.
+    fn failed(&mut self, address: SocketAddr, line: String) {
+        if self.failures.get(&address) == Some(&line) {
+            return;
+        }
+        match self.applied {
+            None => tracing::info!(
+                "no connection yet, trying for {} s: {address}: {line}",
+                START_TIME.as_secs()
+            ),
+            Some(_) => tracing::info!("no connection yet: {address}: {line}"),
+        }
+        self.failures.insert(address, line);
+    }
+
+    fn never_started(&self) -> Ending {
+        // What happened on the invite's own port says more than the alternative.
+        let own = self
+            .failures
+            .iter()
+            .find(|(address, _)| address.port() == self.port);
+        let reason = match own.or_else(|| self.failures.iter().next()) {
+            Some((address, line)) => format!("{address}: {line}"),
+            None => "no answer".into(),
+        };
+        Ending::failed(format!("cannot reach the server {}: {reason}", self.target))
+    }
+
+    /// Puts a new connection into its place.
+    async fn opened(&mut self, ordinal: u8, opened: Opened) -> Result<(), Ending> {
+        self.places[usize::from(ordinal)].dialling = false;
+        let first = self.applied.is_none();
+        self.terms = opened.terms;
+        self.apply_terms().await?;
+
+        let connection = self.workers.allocate();
+        self.workers.add(Handoff {
+            connection,
+            socket: opened.socket,
+            established: opened.established,
+            inner_sources: InnerSources::Any,
+            offload: opened.offload,
+            accepts: self.accepts,
+        });
+        let former = self.places[usize::from(ordinal)]
+            .current
+            .replace((connection, opened.address));
+        self.publish_routes();
+        if let Some((former, _)) = former {
+            self.workers.close(former, Some(CloseReason::Replaced));
+        }
+
+        if first {
+            self.announce(opened.address);
+            for ordinal in 1..self.places.len() {
+                self.dial(ordinal as u8);
+            }
+        } else if let Some(since) = self.down_since.take() {
+            tracing::info!(
+                "connected again by {} after {} ms",
+                opened.address,
+                since.elapsed().as_millis()
+            );
+        }
+        self.failures.clear();
+        Ok(())
+    }
+
+    fn announce(&self, server: SocketAddr) {
+        let addresses: Vec<String> = self
+            .terms
+            .addresses()
+            .map(|prefix| prefix.addr().to_string())
+            .collect();
+        println!(
+            "up: {} on {} by {server}",
+            addresses.join(" "),
+            self.config.interface
+        );
+    }
+
+    /// Has the keeper set the host up for the terms, if they are new.
+    async fn apply_terms(&mut self) -> Result<(), Ending> {
+        if self.applied.as_ref() == Some(&self.terms) {
+            return Ok(());
+        }
+        let settings = self.terms.settings(self.config.dns.as_deref());
+        if settings.block_ipv6 {
+            tracing::info!("the server carries no IPv6: it is blocked while the tunnel is up");
+        }
+        match self.link.configure(settings).await {
+            Ok(()) => self.applied = Some(self.terms.clone()),
+            Err(error) if self.applied.is_none() => return Err(Ending::failed(chain(&error))),
+            Err(error) => tracing::warn!(
+                "the server's new settings cannot be applied: {}",
+                chain(&error)
+            ),
+        }
+        Ok(())
+    }
+
+    async fn event(&mut self, event: Event) -> Result<(), Ending> {
+        match event {
+            Event::Capsule {
+                capsule: Capsule::Close(reason),
+                connection,
+            } => {
+                if reason.is_final() && self.place_of(connection).is_some() {
+                    return Err(Ending::failed(goodbye(reason)));
+                }
+                tracing::debug!("{}", goodbye(reason));
+            }
+            Event::Capsule { capsule, .. } => {
+                if self.terms.learn(capsule) {
+                    self.apply_terms().await?;
+                }
+            }
+            Event::Unresponsive { connection } => {
+                if let Some(ordinal) = self.place_of(connection) {
+                    tracing::info!("the server is silent: trying a new connection");
+                    self.dial(ordinal);
+                }
+            }
+            Event::Closed { connection, cause } => self.closed(connection, &cause),
+            Event::Fatal { worker, error } => {
+                return Err(Ending::failed(format!(
+                    "worker {worker} stopped: {}",
+                    chain(&error)
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn closed(&mut self, connection: ConnectionRef, cause: &CloseCause) {
+        self.workers.release(connection);
+        let Some(ordinal) = self.place_of(connection) else {
+            return;
+        };
+        self.places[usize::from(ordinal)].current = None;
+        self.publish_routes();
+        if self.places.iter().all(|place| place.current.is_none()) {
+            self.down_since = Some(Instant::now());
+        }
+        tracing::info!("connection lost: {}; trying again", ended(cause));
+        self.dial(ordinal);
+    }
+
+    fn place_of(&self, connection: ConnectionRef) -> Option<u8> {
+        let holds = |place: &Place| {
+            place
+                .current
+                .is_some_and(|(current, _)| current == connection)
+        };
+        self.places
+            .iter()
+            .position(holds)
+            .map(|ordinal| ordinal as u8)
+    }
+
+    fn publish_routes(&self) {
+        let connections = self
+            .places
+            .iter()
+            .filter_map(|place| place.current)
+            .map(|(connection, _)| connection);
+        self.workers
+            .set_routes(Arc::new(RouteTable::client(SessionRoute {
+                session: SessionId(0),
+                connections: connections.collect(),
+            })));
+    }
+
+    /// Has the keeper renew the exception routes of all connections: asking for a socket does.
+    async fn renew_ways(&mut self) {
+        let mut servers: Vec<IpAddr> = self
+            .places
+            .iter()
+            .filter_map(|place| place.current)
+            .map(|(_, address)| address.ip())
+            .collect();
+        servers.dedup();
+        for server in servers {
+            match self.link.outer_socket(server).await {
+                Ok(socket) => drop::<OwnedFd>(socket),
+                Err(error) => tracing::debug!("no way to {server} now: {error}"),
+            }
+        }
+    }
+}

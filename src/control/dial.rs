@@ -12,7 +12,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::reconnect::Reconnect;
+use super::reconnect::{EAGER_INTERVAL, Reconnect};
 use super::runtime::connect;
 use crate::keeper::{Link, LinkError};
 
@@ -20,8 +20,10 @@ use crate::keeper::{Link, LinkError};
 pub const SYN_TIME: Duration = Duration::from_secs(5);
 /// The head start of an address before the next one.
 pub const ADDRESS_STAGGER: Duration = Duration::from_millis(250);
-/// The head start of a port before the next one: where 443 works, 80 is never used.
-pub const PORT_STAGGER: Duration = Duration::from_secs(1);
+/// The head start of a port before the next one. Longer than a round, so that 443, once it is back, goes before 80.
+pub const PORT_STAGGER: Duration = Duration::from_millis(1500);
+const _: () = assert!(PORT_STAGGER.as_millis() > EAGER_INTERVAL.as_millis());
+
 /// Addresses of one server that are tried.
 pub const ADDRESSES_MAX: usize = 6;
 /// What is tried where 443 does not connect.
@@ -39,7 +41,7 @@ pub enum DialError {
     TimedOut,
     /// The network or the server said no.
     #[error("{}", reason(.0))]
-    Io(#[source] std::io::Error),
+    Io(std::io::Error),
 }
 
 /// The kernel's words without its number.
@@ -190,7 +192,7 @@ mod tests {
             .staggered()
             .map(|(_, start)| start.as_millis())
             .collect();
-        assert_eq!(starts, [0, 250, 1250, 1500]);
+        assert_eq!(starts, [0, 250, 1750, 2000]);
     }
 
     #[test]

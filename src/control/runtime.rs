@@ -73,12 +73,13 @@ impl Listener {
         })
     }
 
-    /// The next connection and where it comes from.
+    /// The next connection and where it comes from; an IPv4 source is one, also on an IPv6 socket.
     ///
     /// # Errors
     /// What accept(2) said; the listener remains usable.
     pub async fn accept(&self) -> io::Result<(Stream, SocketAddr)> {
         let (ring, source) = self.ring.accept().await?;
+        let source = SocketAddr::new(source.ip().to_canonical(), source.port());
         Ok((Stream::over(ring), source))
     }
 }

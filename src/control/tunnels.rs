@@ -1,0 +1,252 @@
+//! The server's tunnels: who may have one, who has one, and where the workers find it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use aws_lc_rs::constant_time::verify_slices_are_equal;
+
+use super::ended;
+use crate::keeper::request::{Peer, SavedLease};
+use crate::proto::address_pool::{AddressPool, Lease, PoolExhausted};
+use crate::proto::capsule::{Capsule, CloseReason, DnsAssign, IpAddressRange};
+use crate::proto::http::{InstanceId, OffloadHeader, Token};
+use crate::proto::offload::Offloads;
+use crate::proto::route_table::ConnectionRef;
+use crate::proto::session::{self, Arrival, Arrived, Sessions};
+use crate::tls::handshake::Established;
+use crate::worker::connection::InnerSources;
+use crate::worker::{CloseCause, Handoff, Workers};
+
+/// What every client is told about the server's network.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    /// The ranges that the server routes.
+    pub routes: Vec<IpAddressRange>,
+    /// Nameservers to use.
+    pub dns: Vec<IpAddr>,
+    /// What this host's TUN takes unsegmented.
+    pub accepts: Offloads,
+}
+
+impl Offer {
+    /// The capsules that a new tunnel begins with. The routes come last: a client that has them has everything.
+    pub fn capsules(&self, lease: Lease) -> Vec<u8> {
+        let mut capsules = Vec::new();
+        Capsule::AddressAssign(session::assignment(lease)).encode(&mut capsules);
+        if !self.dns.is_empty() {
+            Capsule::DnsAssign(DnsAssign::plain(self.dns.iter().copied(), Vec::new()))
+                .encode(&mut capsules);
+        }
+        Capsule::RouteAdvertisement(self.routes.clone()).encode(&mut capsules);
+        capsules
+    }
+}
+
+/// Somebody whose token is right.
+#[derive(Clone, Debug)]
+pub struct Admitted {
+    /// Whose token it is.
+    pub peer: Peer,
+    /// The peer's addresses.
+    pub lease: Lease,
+    /// What the keeper must be told before they are used, if they are new.
+    pub unsaved: Option<SavedLease>,
+}
+
+/// A connection that has been answered and goes to a worker.
+pub struct NewTunnel {
+    /// Who it is.
+    pub admitted: Admitted,
+    /// The client process.
+    pub instance: InstanceId,
+    /// Its place in the session.
+    pub ordinal: Option<u8>,
+    /// Where it comes from.
+    pub source: SocketAddr,
+    /// The connection's socket.
+    pub socket: OwnedFd,
+    /// The connection's TLS.
+    pub established: Established,
+    /// What the peer accepts in which context.
+    pub offload: Option<OffloadHeader>,
+}
+
+/// All tunnels of the server.
+pub struct Tunnels {
+    /// None once they have been stopped; then there are no peers either.
+    workers: Option<Workers>,
+    accepts: Offloads,
+    pool: AddressPool,
+    peers: Vec<Peer>,
+    sessions: Sessions,
+}
+
+impl Tunnels {
+    /// None yet.
+    pub fn new(workers: Workers, accepts: Offloads, pool: AddressPool, peers: Vec<Peer>) -> Self {
+        Tunnels {
+            workers: Some(workers),
+            accepts,
+            pool,
+            peers,
+            sessions: Sessions::new(),
+        }
+    }
+
+    /// The peer that has this token. Takes the same time whoever it is, and whether it is anybody.
+    pub fn authorise(&self, token: &Token) -> Option<&Peer> {
+        let hash = token.sha256();
+        let mut found = None;
+        for peer in &self.peers {
+            if verify_slices_are_equal(&hash, &peer.token_sha256).is_ok() {
+                found = Some(peer);
+            }
+        }
+        found
+    }
+
+    /// The peer's addresses, leased now if it has none.
+    ///
+    /// # Errors
+    /// The pool is exhausted.
+    pub fn admit(&mut self, peer: Peer) -> Result<Admitted, PoolExhausted> {
+        let known = self.pool.get(&peer.name).is_some();
+        let lease = self.pool.lease(&peer.name)?;
+        let unsaved = (!known).then(|| SavedLease {
+            peer: peer.name.clone(),
+            v4: lease.v4,
+            v6: lease.v6,
+        });
+        Ok(Admitted {
+            peer,
+            lease,
+            unsaved,
+        })
+    }
+
+    /// Whether a newer client process has taken this one's place.
+    pub fn is_superseded(&self, peer: &Peer, instance: InstanceId) -> bool {
+        self.sessions.is_superseded(&peer.name, instance)
+    }
+
+    /// Gives the connection to a worker, unless its place has been lost since it was admitted: then it just closes.
+    pub fn establish(&mut self, tunnel: NewTunnel) {
+        let NewTunnel {
+            admitted, source, ..
+        } = tunnel;
+        let peer = admitted.peer.name.as_str();
+        if !self.peers.contains(&admitted.peer) {
+            tracing::info!("{peer} from {source}: revoked while it was connecting");
+            return;
+        }
+        let accepts = self.accepts;
+        let connection = self.workers().allocate();
+        let arrived = self.sessions.arrive(Arrival {
+            peer,
+            instance: tunnel.instance,
+            ordinal: tunnel.ordinal,
+            lease: admitted.lease,
+            connection,
+        });
+        let closed = match arrived {
+            Arrived::Joined { closed, .. } => closed,
+            Arrived::Superseded | Arrived::TooMany => {
+                tracing::info!("{peer} from {source}: not taken: {arrived:?}");
+                self.workers().release(connection);
+                return;
+            }
+        };
+        self.workers().add(Handoff {
+            connection,
+            socket: tunnel.socket,
+            established: tunnel.established,
+            inner_sources: InnerSources::Only(vec![
+                admitted.lease.v4.into(),
+                admitted.lease.v6.into(),
+            ]),
+            offload: tunnel.offload,
+            accepts,
+        });
+        self.publish_routes();
+        for (connection, reason) in closed {
+            self.workers().close(connection, Some(reason));
+        }
+        tracing::info!(
+            "{peer} connected from {source}: {}, {}",
+            admitted.lease.v4,
+            admitted.lease.v6
+        );
+    }
+
+    /// The list of peers has changed. Whoever is no longer on it, or has another token now, is disconnected.
+    pub fn set_peers(&mut self, peers: Vec<Peer>) {
+        let former = std::mem::replace(&mut self.peers, peers);
+        let revoked: Vec<&Peer> = former
+            .iter()
+            .filter(|peer| !self.peers.contains(peer))
+            .collect();
+        let closed = self
+            .sessions
+            .retain_peers(|name| !revoked.iter().any(|peer| peer.name == name));
+        for peer in &revoked {
+            tracing::info!("{} is revoked", peer.name);
+            if !self.peers.iter().any(|other| other.name == peer.name) {
+                self.pool.release(&peer.name);
+            }
+        }
+        self.publish_routes();
+        for connection in closed {
+            self.workers().close(connection, Some(CloseReason::Revoked));
+        }
+    }
+
+    /// A connection's worker is done with it.
+    pub fn closed(&mut self, connection: ConnectionRef, cause: &CloseCause) {
+        let peer = self.sessions.peer_of(connection).map(str::to_owned);
+        if self.sessions.depart(connection) {
+            self.publish_routes();
+        }
+        self.workers().release(connection);
+        match peer {
+            Some(peer) => tracing::info!("{peer} disconnected: {}", ended(cause)),
+            None => tracing::debug!("a former connection is closed: {}", ended(cause)),
+        }
+    }
+
+    /// A peer said something that is not about packets.
+    pub fn received(&mut self, connection: ConnectionRef, capsule: &Capsule) {
+        let Some(session) = self.sessions.of(connection) else {
+            return;
+        };
+        match capsule {
+            Capsule::AddressRequest(requested) => {
+                let mut answer = Vec::new();
+                Capsule::AddressAssign(session::answer(session.lease, requested))
+                    .encode(&mut answer);
+                self.workers().send(connection, answer);
+            }
+            // A client has no addresses, routes or nameservers for us; its goodbye is followed by the end itself.
+            other => tracing::debug!("ignored: {other:?}"),
+        }
+    }
+
+    /// Takes leave of everybody.
+    pub fn stop(&mut self) {
+        self.peers.clear();
+        if let Some(workers) = self.workers.take() {
+            workers.stop(Some(CloseReason::Shutdown));
+        }
+    }
+
+    fn publish_routes(&mut self) {
+        let routes = Arc::new(self.sessions.routes());
+        self.workers().set_routes(routes);
+    }
+
+    fn workers(&mut self) -> &mut Workers {
+        self.workers
+            .as_mut()
+            .expect("nobody is let in after the stop")
+    }
+}
