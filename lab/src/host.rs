@@ -63,9 +63,14 @@ impl Host {
     /// A command to be refined and then run or spawned.
     #[must_use]
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command<'_> {
+        let mut command = std::process::Command::new(program);
+        // `ip`, `nft` and `sysctl` are not on every ordinary user's path.
+        let mut path = std::env::var_os("PATH").unwrap_or_default();
+        path.push(":/usr/sbin:/sbin");
+        command.env("PATH", path);
         Command {
             host: self,
-            command: std::process::Command::new(program),
+            command,
             input: Vec::new(),
             limit: RUN_LIMIT,
         }

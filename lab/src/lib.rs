@@ -22,6 +22,7 @@ pub mod bench;
 pub mod firewall;
 pub mod host;
 pub mod link;
+mod names;
 pub mod netns;
 pub mod probe;
 pub mod process;

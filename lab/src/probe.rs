@@ -3,12 +3,14 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use crate::host::Host;
+use crate::names;
 use crate::netns::NamespaceError;
 
 /// How large a request [`Responder`] reads before it answers anyway.
@@ -96,8 +98,8 @@ fn answer(response: io::Result<String>) -> Answer {
 }
 
 /// A server inside a host that tells everyone the source address it sees: over TCP as an HTTP answer to
-/// whatever is asked (`/bytes/N` is answered with N zero bytes instead), over UDP as plain text. It ends when
-/// dropped.
+/// whatever is asked (`/bytes/N` is answered with N zero bytes instead), over UDP as plain text. A DNS query is
+/// answered as such: every name has the server's addresses. It ends when dropped.
 #[derive(Debug)]
 pub struct Responder {
     /// Closing it ends the thread.
@@ -149,6 +151,7 @@ impl Responder {
             .enable_io()
             .enable_time()
             .build()?;
+        let addresses: Arc<[IpAddr]> = addresses.into();
         let (stop, stopped) = oneshot::channel::<()>();
         let thread = thread::spawn(move || {
             runtime.block_on(async move {
@@ -156,7 +159,7 @@ impl Responder {
                     tokio::spawn(serve_tcp(listener));
                 }
                 for socket in sockets {
-                    tokio::spawn(serve_udp(socket));
+                    tokio::spawn(serve_udp(socket, addresses.clone()));
                 }
                 let _ = stopped.await;
             });
@@ -229,12 +232,14 @@ async fn respond(stream: tokio::net::TcpStream, from: SocketAddr) -> io::Result<
     Ok(())
 }
 
-async fn serve_udp(socket: UdpSocket) -> io::Result<()> {
+async fn serve_udp(socket: UdpSocket, addresses: Arc<[IpAddr]>) -> io::Result<()> {
     let socket = tokio::net::UdpSocket::from_std(socket)?;
     let mut datagram = [0; 2048];
     loop {
-        if let Ok((_, from)) = socket.recv_from(&mut datagram).await {
-            let _ = socket.send_to(from.ip().to_string().as_bytes(), from).await;
+        if let Ok((bytes, from)) = socket.recv_from(&mut datagram).await {
+            let response = names::answer(&datagram[..bytes], &addresses);
+            let response = response.unwrap_or_else(|| from.ip().to_string().into_bytes());
+            let _ = socket.send_to(&response, from).await;
         }
     }
 }

@@ -23,9 +23,9 @@ use crate::topology::{
 };
 
 /// What `ringtun server` says when clients may come.
-pub const SERVER_IS_READY: &str = "listening";
+pub const SERVER_IS_READY: &str = "up: listening";
 /// What `ringtun client` says when the tunnel carries packets.
-pub const CLIENT_IS_UP: &str = "up";
+pub const CLIENT_IS_UP: &str = "up: ";
 /// How long a tunnel may take to come up.
 const UP_LIMIT: Duration = Duration::from_secs(15);
 /// How long ringtun may take to end and clean up.
@@ -290,7 +290,16 @@ fn reached<W: Write>(lab: &Lab, report: &mut Report<W>) -> Result<(), ScenarioEr
     checks.push(Check::new("ping is answered".to_owned(), move |to| {
         Ok(client.ping(to, 20)?.is_complete())
     }));
-    run(checks, report)
+    run(checks, report)?;
+    let addresses = client.run("getent", ["ahosts", "web.example"])?.text();
+    let knows = [WEB_V4.to_string(), WEB_V6.to_string()]
+        .iter()
+        .all(|address| addresses.contains(address));
+    report.check(
+        knows,
+        "names are resolved by the server's nameserver, through the tunnel",
+    )?;
+    Ok(())
 }
 
 /// Something that has to hold for `web`'s address of either family.

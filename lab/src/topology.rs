@@ -8,7 +8,8 @@
 //! ```
 //!
 //! The firewall masquerades both families. `server` has the machine's usual Linux defaults: it forwards
-//! nothing until somebody tells it to. `web` answers with the source address that it sees on
+//! nothing until somebody tells it to. Its nameserver is `web`, where every name leads to `web`; the LAN has a
+//! nameserver that does not answer. `web` answers with the source address that it sees on
 //! [`WEB_TCP_PORTS`] and [`WEB_UDP_PORTS`], and runs iperf3 on [`WEB_IPERF_PORT`], which the firewall blocks,
 //! and on port 443 of [`WEB_SPEED_V4`], which it lets through.
 

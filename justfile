@@ -1,0 +1,46 @@
+# What CI runs and what a person runs. `./ci/setup` installs what the recipes need.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+target := env("CARGO_TARGET_DIR", justfile_directory() / "target")
+
+# List the recipes
+default:
+    @just --list --unsorted
+
+# Format, lints, documentation, scripts: nothing is run
+check:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets --locked -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --locked
+    if command -v shellcheck >/dev/null; then shellcheck -x ci/* .ci/run; else echo "shellcheck is not there: scripts unchecked"; fi
+
+# All tests, as root or as root of a user namespace
+test *args:
+    host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_'); \
+    export "CARGO_TARGET_${host}_RUNNER={{ justfile_directory() }}/ci/as-root"; \
+    cargo test --workspace --locked {{ args }}
+
+# The tests that run in the lab, without the unit tests
+e2e *args:
+    just test --test "'*'" {{ args }}
+
+# The demonstration: what the firewall blocks, and that ringtun carries it
+lab: release
+    ci/as-root {{ target }}/release/lab demo
+
+# Measure the direct path against ringtun: `just bench --quick --json figures.json`
+bench *args: release
+    ci/as-root {{ target }}/release/lab bench {{ args }}
+
+# Build both programs with optimisation
+release:
+    cargo build --workspace --bins --release --locked
+
+# Licences, advisories and sources of the dependencies (needs cargo-deny)
+deny:
+    cargo deny check
+
+# Open the documentation of the code
+doc:
+    cargo doc --workspace --no-deps --document-private-items --locked --open
