@@ -208,11 +208,12 @@ async fn fill_place(dialling: Rc<Dialling>, ordinal: u8, mut network: watch::Rec
         .await;
         match open(&dialling.server, ordinal, socket, address).await {
             Ok(opened) => {
+                dialling.candidates.borrow_mut().succeeded();
                 let opened = Box::new(opened);
                 return report(Progress::Opened { ordinal, opened });
             }
             Err(error) => {
-                dialling.candidates.borrow_mut().demote(address);
+                dialling.candidates.borrow_mut().failed(address);
                 report(Progress::NotOpened { address, error });
             }
         }

@@ -55,7 +55,11 @@ fn reason(error: &std::io::Error) -> String {
 
 /// Where a server may be reached, best first.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Candidates(Vec<SocketAddr>);
+pub struct Candidates {
+    order: Vec<SocketAddr>,
+    /// The last one that connected and led to nothing.
+    suspect: Option<SocketAddr>,
+}
 
 impl Candidates {
     /// All addresses on the invite's port, in the resolver's order; then, if that is 443, all of them on 80.
@@ -71,30 +75,40 @@ impl Candidates {
         } else {
             vec![port]
         };
-        Candidates(
-            ports
-                .into_iter()
-                .flat_map(|port| {
-                    distinct
-                        .iter()
-                        .map(move |address| SocketAddr::new(*address, port))
-                })
-                .collect(),
-        )
+        let distinct = &distinct;
+        let on = |port| {
+            distinct
+                .iter()
+                .map(move |address| SocketAddr::new(*address, port))
+        };
+        Candidates {
+            order: ports.into_iter().flat_map(on).collect(),
+            suspect: None,
+        }
     }
 
-    /// What connected but led to nothing goes last: a firewall may let SYNs through and eat what follows.
-    pub fn demote(&mut self, address: SocketAddr) {
-        if let Some(at) = self.0.iter().position(|other| *other == address) {
-            self.0[at..].rotate_left(1);
+    /// What connected but led to nothing, twice in a row, goes last: a firewall may let SYNs through and eat what
+    /// follows. Once may be a server that is restarting.
+    pub fn failed(&mut self, address: SocketAddr) {
+        if self.suspect.replace(address) != Some(address) {
+            return;
         }
+        if let Some(at) = self.order.iter().position(|other| *other == address) {
+            self.order[at..].rotate_left(1);
+        }
+        self.suspect = None;
+    }
+
+    /// What connected led to a tunnel.
+    pub fn succeeded(&mut self) {
+        self.suspect = None;
     }
 
     /// Each candidate, and when in a round its attempt starts.
     fn staggered(&self) -> impl Iterator<Item = (SocketAddr, Duration)> {
         let mut start = Duration::ZERO;
         let mut last_port = None;
-        self.0.iter().map(move |candidate| {
+        self.order.iter().map(move |candidate| {
             start += match last_port.replace(candidate.port()) {
                 None => Duration::ZERO,
                 Some(port) if port == candidate.port() => ADDRESS_STAGGER,
@@ -179,9 +193,9 @@ mod tests {
             "[2001:db8::1]:80",
             "192.0.2.1:80",
         ];
-        assert_eq!(both.0, addresses(&expected));
+        assert_eq!(both.order, addresses(&expected));
         assert_eq!(
-            candidates(&["192.0.2.1"], 8443).0,
+            candidates(&["192.0.2.1"], 8443).order,
             addresses(&["192.0.2.1:8443"])
         );
     }
@@ -196,11 +210,16 @@ mod tests {
     }
 
     #[test]
-    fn a_candidate_that_led_to_nothing_goes_last() {
+    fn a_candidate_that_led_to_nothing_twice_goes_last() {
         let mut candidates = candidates(&["192.0.2.1", "192.0.2.2"], 443);
-        candidates.demote("192.0.2.1:443".parse().expect("address"));
+        let (first, before) = (candidates.order[0], candidates.order.clone());
+        candidates.failed(first);
+        candidates.succeeded();
+        candidates.failed(first);
+        assert_eq!(candidates.order, before);
+        candidates.failed(first);
         assert_eq!(
-            candidates.0,
+            candidates.order,
             addresses(&[
                 "192.0.2.2:443",
                 "192.0.2.1:80",

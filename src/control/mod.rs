@@ -29,16 +29,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use nix::sys::signal::{SigSet, Signal};
-
 use crate::keeper::request::Setup;
 use crate::keeper::{DaemonStart, LinkError};
 use crate::proto::offload::Offloads;
+use crate::uring::buffer::BUDGET_BYTES_DEFAULT;
 use crate::uring::probe;
 use crate::worker::{CloseCause, WorkerSetup};
 
-/// Packet memory of one worker.
-pub const WORKER_BUFFER_BYTES: usize = 8 * 1024 * 1024;
 /// Most bytes of packets that wait for one connection.
 pub const EGRESS_QUEUE_BYTES_MAX: usize = 1024 * 1024;
 /// Entries of a ring that is made to see whether one can be made.
@@ -78,7 +75,6 @@ impl Ending {
 pub fn run_daemon() -> u8 {
     // It was started as /proc/self/exe, and would be called `exe` in process lists. A name is a nicety.
     let _ = nix::sys::prctl::set_name(PROCESS_NAME);
-    leave_signals_to_the_keeper();
     let start = match DaemonStart::enter() {
         Ok(start) => start,
         Err(error) => {
@@ -91,13 +87,6 @@ pub fn run_daemon() -> u8 {
         Err(error) => return report_without_ring(start, &error),
     };
     runtime.run(live(start))
-}
-
-/// Ctrl-C and a service manager reach both processes. The keeper says what follows; SIGKILL always works.
-fn leave_signals_to_the_keeper() {
-    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
-    // It fails for an invalid set only.
-    let _ = signals.thread_block();
 }
 
 async fn live(start: DaemonStart) -> u8 {
@@ -159,7 +148,7 @@ fn worker_setups(tun_queues: Vec<OwnedFd>, tun_offloads: Offloads) -> Vec<Worker
         .map(|tun| WorkerSetup {
             tun,
             tun_offloads,
-            buffer_bytes: WORKER_BUFFER_BYTES,
+            buffer_bytes: BUDGET_BYTES_DEFAULT,
             queue_bytes_max: EGRESS_QUEUE_BYTES_MAX,
         })
         .collect()
