@@ -29,6 +29,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+
 use crate::keeper::request::Setup;
 use crate::keeper::{DaemonStart, LinkError};
 use crate::proto::offload::Offloads;
@@ -36,6 +38,8 @@ use crate::uring::buffer::BUDGET_BYTES_DEFAULT;
 use crate::uring::probe;
 use crate::worker::{CloseCause, WorkerSetup};
 
+/// Daemons that should be able to run side by side as one user with a bounded RLIMIT_MEMLOCK.
+const DAEMONS_PER_USER: usize = 4;
 /// Most bytes of packets that wait for one connection.
 pub const EGRESS_QUEUE_BYTES_MAX: usize = 1024 * 1024;
 /// Entries of a ring that is made to see whether one can be made.
@@ -141,14 +145,28 @@ fn report_without_ring(start: DaemonStart, error: &io::Error) -> u8 {
     1
 }
 
+/// Packet memory of one of `workers` workers. Where RLIMIT_MEMLOCK bounds it, it bounds all daemons of the user
+/// together, so this one takes its share and no more.
+fn buffer_bytes(workers: usize) -> usize {
+    match getrlimit(Resource::RLIMIT_MEMLOCK) {
+        Ok((limit, _)) if limit != RLIM_INFINITY => {
+            let share =
+                usize::try_from(limit).unwrap_or(usize::MAX) / DAEMONS_PER_USER / workers.max(1);
+            share.min(BUDGET_BYTES_DEFAULT)
+        }
+        _ => BUDGET_BYTES_DEFAULT,
+    }
+}
+
 /// One worker for each queue.
 fn worker_setups(tun_queues: Vec<OwnedFd>, tun_offloads: Offloads) -> Vec<WorkerSetup> {
+    let buffer_bytes = buffer_bytes(tun_queues.len());
     tun_queues
         .into_iter()
         .map(|tun| WorkerSetup {
             tun,
             tun_offloads,
-            buffer_bytes: BUDGET_BYTES_DEFAULT,
+            buffer_bytes,
             queue_bytes_max: EGRESS_QUEUE_BYTES_MAX,
         })
         .collect()
