@@ -20,7 +20,7 @@ use super::dial::{Candidates, DialError, dial};
 use super::opening::{Opened, OpeningError, Server, Terms, goodbye, open};
 use super::reconnect::Reconnect;
 use super::runtime::spawn;
-use super::{Ending, chain, ended, network, worker_setups};
+use super::{Ending, Rings, chain, ended, network};
 use crate::config::ClientConfig;
 use crate::invite::{Host, Invite};
 use crate::keeper::request::{ClientSetup, Notice};
@@ -42,7 +42,13 @@ const RESOLVE_INTERVAL: Duration = Duration::from_secs(1);
 const NETWORK_SETTLE_TIME: Duration = Duration::from_millis(300);
 
 /// Runs until the keeper says stop, or something final happens.
-pub async fn run(setup: ClientSetup, fds: SetupFds, link: Link, mut notices: Notices) -> Ending {
+pub async fn run(
+    setup: ClientSetup,
+    fds: SetupFds,
+    rings: Rings,
+    link: Link,
+    mut notices: Notices,
+) -> Ending {
     let start_by = Instant::now() + START_TIME;
     let invite: Invite = match setup.invite.parse() {
         Ok(invite) => invite,
@@ -59,7 +65,7 @@ pub async fn run(setup: ClientSetup, fds: SetupFds, link: Link, mut notices: Not
         Err(line) => return Ending::failed(line),
     };
     let (events, happened) = mpsc::unbounded_channel();
-    let workers = match Workers::start(worker_setups(fds.tun_queues, accepts), &events) {
+    let workers = match rings.start_workers(fds.tun_queues, accepts, &events) {
         Ok(workers) => workers,
         Err(error) => return Ending::failed(chain(&error)),
     };

@@ -30,20 +30,20 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use tokio::sync::mpsc;
 
 use crate::keeper::request::Setup;
 use crate::keeper::{DaemonStart, LinkError};
 use crate::proto::offload::Offloads;
+use crate::sys::sandbox;
 use crate::uring::buffer::BUDGET_BYTES_DEFAULT;
-use crate::uring::probe;
-use crate::worker::{CloseCause, WorkerSetup};
+use crate::uring::ring::PreparedRing;
+use crate::worker::{CloseCause, Event, WorkerError, WorkerSetup, Workers};
 
 /// Daemons that should be able to run side by side as one user with a bounded RLIMIT_MEMLOCK.
 const DAEMONS_PER_USER: usize = 4;
 /// Most bytes of packets that wait for one connection.
 pub const EGRESS_QUEUE_BYTES_MAX: usize = 1024 * 1024;
-/// Entries of a ring that is made to see whether one can be made.
-const PROBE_ENTRIES: u32 = 2;
 /// What process lists call the daemon.
 const PROCESS_NAME: &CStr = c"ringtun-daemon";
 /// How long the last words to the keeper may take.
@@ -79,6 +79,8 @@ impl Ending {
 pub fn run_daemon() -> u8 {
     // It was started as /proc/self/exe, and would be called `exe` in process lists. A name is a nicety.
     let _ = nix::sys::prctl::set_name(PROCESS_NAME);
+    let runtime = runtime::Runtime::new();
+    let rings = Rings::prepare();
     let start = match DaemonStart::enter() {
         Ok(start) => start,
         Err(error) => {
@@ -86,14 +88,13 @@ pub fn run_daemon() -> u8 {
             return 2;
         }
     };
-    let runtime = match runtime::Runtime::new() {
-        Ok(runtime) => runtime,
-        Err(error) => return report_without_ring(start, &error),
-    };
-    runtime.run(live(start))
+    match runtime {
+        Ok(runtime) => runtime.run(live(start, rings)),
+        Err(error) => report_without_ring(start, &error),
+    }
 }
 
-async fn live(start: DaemonStart) -> u8 {
+async fn live(start: DaemonStart, rings: Rings) -> u8 {
     let (setup, fds, link, notices) = match start.connect() {
         Ok(parts) => parts,
         Err(error) => {
@@ -102,8 +103,8 @@ async fn live(start: DaemonStart) -> u8 {
         }
     };
     let ending = match setup {
-        Setup::Server(setup) => server::run(*setup, fds, link.clone(), notices).await,
-        Setup::Client(setup) => client::run(*setup, fds, link.clone(), notices).await,
+        Setup::Server(setup) => server::run(*setup, fds, rings, link.clone(), notices).await,
+        Setup::Client(setup) => client::run(*setup, fds, rings, link.clone(), notices).await,
     };
     match ending {
         Ending::Asked => 0,
@@ -125,7 +126,7 @@ async fn last_words(words: impl Future<Output = Result<(), LinkError>>) {
 /// The user has to know what denies io_uring, and without it there is only plain tokio to tell the keeper.
 fn report_without_ring(start: DaemonStart, error: &io::Error) -> u8 {
     // The same refusal again, in words that say what to do.
-    let line = match probe::build(PROBE_ENTRIES, 2 * PROBE_ENTRIES) {
+    let line = match PreparedRing::new() {
         Err(refusal) => chain(&refusal),
         Ok(_) => format!("cannot set up the control thread: {error}"),
     };
@@ -145,31 +146,59 @@ fn report_without_ring(start: DaemonStart, error: &io::Error) -> u8 {
     1
 }
 
-/// Packet memory of one of `workers` workers. Where RLIMIT_MEMLOCK bounds it, it bounds all daemons of the user
-/// together, so this one takes its share and no more.
-fn buffer_bytes(workers: usize) -> usize {
-    match getrlimit(Resource::RLIMIT_MEMLOCK) {
-        Ok((limit, _)) if limit != RLIM_INFINITY => {
-            let share =
-                usize::try_from(limit).unwrap_or(usize::MAX) / DAEMONS_PER_USER / workers.max(1);
-            share.min(BUDGET_BYTES_DEFAULT)
+/// The workers' rings, made before the privileges go: with them their memory counts against no limit.
+pub struct Rings {
+    prepared: Vec<PreparedRing>,
+    unlimited: bool,
+}
+
+impl Rings {
+    /// One for each core. What cannot be made now is tried again when it is needed, and reported then.
+    fn prepare() -> Self {
+        Rings {
+            prepared: (0..cores())
+                .map_while(|_| PreparedRing::new().ok())
+                .collect(),
+            unlimited: sandbox::may_lock_memory(),
         }
-        _ => BUDGET_BYTES_DEFAULT,
+    }
+
+    /// Packet memory of one of `workers` workers. Where RLIMIT_MEMLOCK bounds it, it bounds all daemons of the user
+    /// together, so this one takes its share and no more.
+    fn buffer_bytes(&self, workers: usize) -> usize {
+        match getrlimit(Resource::RLIMIT_MEMLOCK) {
+            Ok((limit, _)) if limit != RLIM_INFINITY && !self.unlimited => {
+                let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+                (limit / DAEMONS_PER_USER / workers.max(1)).min(BUDGET_BYTES_DEFAULT)
+            }
+            _ => BUDGET_BYTES_DEFAULT,
+        }
+    }
+
+    /// Starts one worker for each queue.
+    fn start_workers(
+        mut self,
+        tun_queues: Vec<OwnedFd>,
+        tun_offloads: Offloads,
+        events: &mpsc::UnboundedSender<Event>,
+    ) -> Result<Workers, WorkerError> {
+        let buffer_bytes = self.buffer_bytes(tun_queues.len());
+        let setups = tun_queues.into_iter().map(|tun| {
+            Ok(WorkerSetup {
+                ring: self.prepared.pop().map_or_else(PreparedRing::new, Ok)?,
+                tun,
+                tun_offloads,
+                buffer_bytes,
+                queue_bytes_max: EGRESS_QUEUE_BYTES_MAX,
+            })
+        });
+        let setups = setups.collect::<Result<Vec<_>, WorkerError>>()?;
+        Workers::start(setups, events)
     }
 }
 
-/// One worker for each queue.
-fn worker_setups(tun_queues: Vec<OwnedFd>, tun_offloads: Offloads) -> Vec<WorkerSetup> {
-    let buffer_bytes = buffer_bytes(tun_queues.len());
-    tun_queues
-        .into_iter()
-        .map(|tun| WorkerSetup {
-            tun,
-            tun_offloads,
-            buffer_bytes,
-            queue_bytes_max: EGRESS_QUEUE_BYTES_MAX,
-        })
-        .collect()
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// How a connection ended, for the log.

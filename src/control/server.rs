@@ -14,22 +14,28 @@ use super::gate::Gate;
 use super::runtime::{Listener, spawn};
 use super::tunnels::{Offer, Tunnels};
 use super::visitor::{self, House};
-use super::{Ending, worker_setups};
+use super::{Ending, Rings};
 use crate::keeper::request::{Notice, ServerSetup};
 use crate::keeper::{Link, Notices, SetupFds};
 use crate::proto::address_pool::{AddressPool, Lease};
 use crate::proto::capsule::IpAddressRange;
 use crate::proto::offload::Offloads;
 use crate::tls::certificate::{Identity, server_config};
-use crate::worker::{Event, Workers};
+use crate::worker::Event;
 
 /// How long to wait after accept(2) failed for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves until the keeper says stop or something fails.
-pub async fn run(setup: ServerSetup, fds: SetupFds, link: Link, mut notices: Notices) -> Ending {
+pub async fn run(
+    setup: ServerSetup,
+    fds: SetupFds,
+    rings: Rings,
+    link: Link,
+    mut notices: Notices,
+) -> Ending {
     let (events, mut happened) = mpsc::unbounded_channel();
-    let house = match open(&setup, fds.tun_queues, link.clone(), &events) {
+    let house = match open(&setup, fds.tun_queues, rings, link.clone(), &events) {
         Ok(house) => Rc::new(house),
         Err(ending) => return ending,
     };
@@ -70,6 +76,7 @@ pub async fn run(setup: ServerSetup, fds: SetupFds, link: Link, mut notices: Not
 fn open(
     setup: &ServerSetup,
     tun_queues: Vec<OwnedFd>,
+    rings: Rings,
     link: Link,
     events: &mpsc::UnboundedSender<Event>,
 ) -> Result<House, Ending> {
@@ -86,7 +93,8 @@ fn open(
     let tls = server_config(identity).map_err(|error| Ending::failed(super::chain(&error)))?;
     let pool = pool(setup)?;
     let accepts = Offloads::from_tun_flags(setup.tun_offload_flags);
-    let workers = Workers::start(worker_setups(tun_queues, accepts), events)
+    let workers = rings
+        .start_workers(tun_queues, accepts, events)
         .map_err(|error| Ending::failed(super::chain(&error)))?;
     let mut routes = vec![IpAddressRange::everything_v4()];
     if setup.ipv6_uplink {

@@ -18,8 +18,8 @@ use rtnetlink::packet_route::route::{
 use rtnetlink::{Handle, RouteMessageBuilder};
 use serde::{Deserialize, Serialize};
 
-/// The protocol number of our routes (`ip route show proto 187`); free in iproute2's `rt_protos`.
-pub const PROTOCOL: u8 = 187;
+/// The protocol number of our routes (`ip route show proto 114`); free in iproute2's `rt_protos`.
+pub const PROTOCOL: u8 = 114;
 /// The protocol number of what the kernel learned from router advertisements (RTPROT_RA).
 pub const PROTOCOL_RA: u8 = 9;
 /// The routing table that is meant when none is named.

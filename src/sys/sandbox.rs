@@ -32,6 +32,19 @@ pub struct SandboxError {
     source: io::Error,
 }
 
+/// Whether memory that this process locks counts against no limit: CAP_IPC_LOCK, which works in the initial user namespace
+/// only.
+pub fn may_lock_memory() -> bool {
+    const WHOLE_MAP: [&str; 3] = ["0", "0", "4294967295"];
+    let initial = std::fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| map.split_whitespace().eq(WHOLE_MAP));
+    initial
+        && matches!(
+            caps::has_cap(None, CapSet::Effective, Capability::CAP_IPC_LOCK),
+            Ok(true)
+        )
+}
+
 /// Raises the limits that the packet path needs, then gives up the user, all capabilities and the way back to them.
 ///
 /// In a user namespace where nobody but root is mapped the user stays, without any capability.

@@ -17,6 +17,12 @@ pub enum RingError {
          io_uring_setup, io_uring_enter and io_uring_register in its seccomp profile"
     )]
     Denied,
+    /// Not even the smallest ring's memory may be locked.
+    #[error(
+        "RLIMIT_MEMLOCK is too small for io_uring: raise it (`ulimit -l`, LimitMEMLOCK= of the service), or end other \
+         programs of this user that use io_uring"
+    )]
+    MemoryLocked,
     /// io_uring_setup failed in another way.
     #[error("cannot set up io_uring")]
     SetUp(#[source] io::Error),
@@ -42,14 +48,29 @@ pub enum SetUp {
     Plain,
 }
 
-/// Builds a ring in the best way that the kernel takes.
+/// Submission and completion entries, best first. Rings count against RLIMIT_MEMLOCK again since Linux 6.14.
+const SIZES: [(u32, u32); 3] = [(1024, 8192), (256, 1024), (32, 128)];
+
+/// Builds a ring in the best way that the kernel takes. It is disabled until [`IoUring`] enables it
+/// (`register_enable_rings`), on the thread that will use it.
 ///
 /// # Errors
 /// No way worked.
-pub fn build(submissions: u32, completions: u32) -> Result<(IoUring, SetUp), RingError> {
+pub fn build() -> Result<(IoUring, SetUp), RingError> {
+    let mut result = Err(RingError::MemoryLocked);
+    for (submissions, completions) in SIZES {
+        result = build_sized(submissions, completions);
+        if !matches!(result, Err(RingError::MemoryLocked)) {
+            break;
+        }
+    }
+    result
+}
+
+fn build_sized(submissions: u32, completions: u32) -> Result<(IoUring, SetUp), RingError> {
     let attempt = |set_up: SetUp| {
         let mut builder = IoUring::builder();
-        builder.setup_cqsize(completions);
+        builder.setup_cqsize(completions).setup_r_disabled();
         match set_up {
             SetUp::Deferred => {
                 builder.setup_single_issuer().setup_defer_taskrun();
@@ -71,6 +92,7 @@ pub fn build(submissions: u32, completions: u32) -> Result<(IoUring, SetUp), Rin
         Err(error) => Err(match error.raw_os_error() {
             Some(libc::ENOSYS) => RingError::Missing,
             Some(libc::EPERM | libc::EACCES) => RingError::Denied,
+            Some(libc::ENOMEM) => RingError::MemoryLocked,
             _ => RingError::SetUp(error),
         }),
     }

@@ -17,11 +17,6 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-/// Submission entries; a fuller turn is submitted in several calls.
-const SUBMISSIONS: u32 = 1024;
-/// Completion entries: more than can be in flight, see `worker::event_loop`.
-const COMPLETIONS: u32 = 8192;
-
 /// Index of a registered file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileSlot(pub u32);
@@ -55,6 +50,27 @@ pub enum WhenDry {
     Fail,
 }
 
+/// A ring that nobody uses yet.
+///
+/// A ring that is made with CAP_IPC_LOCK never counts against RLIMIT_MEMLOCK, nor does the memory that is registered
+/// with it, even after the capability is gone (`ctx->user` in the kernel's `io_uring_create`). So the daemon makes its
+/// rings first, and then gives its privileges up.
+pub struct PreparedRing {
+    ring: IoUring,
+    set_up: SetUp,
+}
+
+impl PreparedRing {
+    /// Makes a ring, disabled.
+    ///
+    /// # Errors
+    /// A kernel or container that has no io_uring or denies it.
+    pub fn new() -> Result<Self, RingError> {
+        let (ring, set_up) = probe::build()?;
+        Ok(Self { ring, set_up })
+    }
+}
+
 /// The ring and what is registered with it.
 pub struct Ring {
     ring: IoUring,
@@ -71,12 +87,15 @@ pub struct Ring {
 static WAKE: u64 = 1;
 
 impl Ring {
-    /// A ring for the calling thread, with room for `files` registered files.
+    /// Enables the ring for the calling thread, with room for `files` registered files.
     ///
     /// # Errors
-    /// A kernel or container that has no io_uring or denies it, or that lacks an operation of 5.10's.
-    pub fn new(files: u32) -> Result<Self, RingError> {
-        let (ring, set_up) = probe::build(SUBMISSIONS, COMPLETIONS)?;
+    /// The kernel lacks an operation of 5.10's, or refuses the files.
+    pub fn start(prepared: PreparedRing, files: u32) -> Result<Self, RingError> {
+        let PreparedRing { ring, set_up } = prepared;
+        ring.submitter()
+            .register_enable_rings()
+            .map_err(RingError::SetUp)?;
         probe::check_operations(&ring)?;
         ring.submitter()
             .register_files(&vec![-1; files as usize])
@@ -319,7 +338,7 @@ mod tests {
     }
 
     fn fixture(registered: bool) -> (Ring, Pool, UnixStream) {
-        let mut ring = Ring::new(4).unwrap();
+        let mut ring = Ring::start(PreparedRing::new().unwrap(), 4).unwrap();
         let pool = Pool::new(BUDGET_BYTES_MIN).unwrap();
         if registered {
             assert!(ring.register_pool(&pool).unwrap());
@@ -400,7 +419,7 @@ mod tests {
         let mut buffer = pool.take(Class::Small).unwrap();
         buffer.append(b"x");
         let piece = pool.freeze(&mut buffer, 1, 0..1);
-        let count = SUBMISSIONS as usize * 2 + 5;
+        let count = 2053; // Twice the submission entries and a few.
         let reader = std::thread::spawn(move || {
             let mut all = vec![0; count];
             far.read_exact(&mut all).unwrap();
@@ -427,7 +446,7 @@ mod tests {
 
     #[test]
     fn bells_ring() {
-        let mut ring = Ring::new(4).unwrap();
+        let mut ring = Ring::start(PreparedRing::new().unwrap(), 4).unwrap();
         let bell = bell().unwrap();
         ring.register_file(FileSlot(0), bell.as_fd()).unwrap();
         ring.wait_for_wake(FileSlot(0), Token::single(Operation::Wake));
@@ -443,7 +462,7 @@ mod tests {
 
     #[test]
     fn a_file_slot_out_of_range_is_an_error() {
-        let mut ring = Ring::new(2).unwrap();
+        let mut ring = Ring::start(PreparedRing::new().unwrap(), 2).unwrap();
         let bell = bell().unwrap();
         assert!(ring.register_file(FileSlot(2), bell.as_fd()).is_err());
     }

@@ -94,7 +94,7 @@ impl Worker {
         let files = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
             .map_or(1024, |(soft, _)| soft)
             .min(FILES_MAX);
-        let mut ring = Ring::new(files as u32)?;
+        let mut ring = Ring::start(setup.ring, files as u32)?;
         let (pool, buffers_registered) = packet_memory(&mut ring, setup.buffer_bytes)?;
         ring.register_file(BELL, inlets[index].bell.as_fd())
             .map_err(WorkerError::File)?;

@@ -27,7 +27,7 @@ use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::stats::WorkerCounters;
 use crate::tls::handshake::Established;
 use crate::uring::probe::RingError;
-use crate::uring::ring;
+use crate::uring::ring::{self, PreparedRing};
 use connection::InnerSources;
 use crossbeam_queue::SegQueue;
 use handover::Mailbox;
@@ -71,8 +71,9 @@ pub enum WorkerError {
 }
 
 /// What one worker is given.
-#[derive(Debug)]
 pub struct WorkerSetup {
+    /// Its ring.
+    pub ring: PreparedRing,
     /// Its queue of the TUN device, non-blocking, with a 10-byte `virtio_net_hdr`.
     pub tun: OwnedFd,
     /// What the device accepts on writes.
