@@ -242,6 +242,8 @@ fn end_on_signal() -> anyhow::Result<impl FnOnce(&Lab)> {
         let ender = lab.ender();
         thread::spawn(move || {
             let number = signals.wait();
+            // Nobody is to read what a lab without processes looks like.
+            let _silence = stdout().lock();
             ender.end();
             process::exit(128 + number);
         });

@@ -128,7 +128,7 @@ pub fn demo<W: Write>(
     let lab = Lab::build(Topology::Nat)?;
     on_start(&lab);
     report.heading("client -- firewall -- internet -- server")?;
-    report.line(r"                            \-- web")?;
+    report.line(r"                        \-- web")?;
     report.check(
         true,
         format_args!(
