@@ -69,8 +69,12 @@ pub struct ServerArgs {
     /// Configuration and state.
     #[command(flatten)]
     pub state: StateArgs,
-    /// Address and port to listen on; may be repeated [default: [::]:443 and [::]:80]
-    #[arg(long, value_name = "ADDR")]
+    /// Addresses and ports to listen on
+    #[arg(
+        long,
+        value_name = "ADDR",
+        help = "Address and port to listen on; may be repeated [default: [::]:443 and [::]:80]"
+    )]
     pub listen: Vec<SocketAddr>,
 }
 
