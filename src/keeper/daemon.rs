@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,6 +23,8 @@ const EXIT_TIMEOUT: Duration = Duration::from_millis(250);
 /// How long a frame may be stuck half way before the daemon counts as broken.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(2);
 const EXIT_POLL_INTERVAL: Duration = Duration::from_millis(2);
+/// What `ps` shows.
+const PROGRAM: &str = "ringtun";
 /// The hidden subcommand.
 const DAEMON_COMMAND: &str = "daemon";
 /// What the daemon has no business to know.
@@ -88,6 +90,7 @@ impl Daemon {
             options.set_read_timeout(Some(FRAME_TIMEOUT))?;
             options.set_write_timeout(Some(FRAME_TIMEOUT))?;
             let child = Command::new("/proc/self/exe")
+                .arg0(PROGRAM)
                 .arg(DAEMON_COMMAND)
                 .env_remove(SECRET_ENVIRONMENT)
                 .current_dir("/")

@@ -30,7 +30,9 @@ const LOCK_FILE: &str = "lock";
 const RECORD_FILE: &str = "undo.json";
 /// How long a keeper that was asked to end may take before it is killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-const STOP_POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// How long a killed keeper may take to be gone, as seen by its successor.
+const CLAIM_TIMEOUT: Duration = Duration::from_millis(500);
+const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Why run state cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -171,11 +173,18 @@ impl Record {
     fn claim_under(run_dir: &Path, interface: &str) -> Result<Self, UndoError> {
         let namespace = netns::current().map_err(UndoError::Namespace)?;
         let directory = run_dir.join(format!("{}-{interface}", namespace.inode));
-        let Some(lock) = try_lock(&directory)? else {
-            return Err(UndoError::Running {
-                interface: interface.into(),
-                keeper: read(&directory).map_or(0, |content| content.keeper),
-            });
+        let deadline = Instant::now() + CLAIM_TIMEOUT;
+        let lock = loop {
+            match try_lock(&directory)? {
+                Some(lock) => break lock,
+                None if Instant::now() < deadline => thread::sleep(LOCK_POLL_INTERVAL),
+                None => {
+                    return Err(UndoError::Running {
+                        interface: interface.into(),
+                        keeper: read(&directory).map_or(0, |content| content.keeper),
+                    });
+                }
+            }
         };
         let mut undo = read(&directory).map_or_else(Vec::new, |left| {
             let same = left.namespace == namespace;
@@ -356,7 +365,7 @@ fn stop(directory: &Path, keeper: i32) -> Result<(), UndoError> {
             if try_lock(directory)?.is_some() {
                 return Ok(());
             }
-            thread::sleep(STOP_POLL_INTERVAL);
+            thread::sleep(LOCK_POLL_INTERVAL);
         }
     }
     Err(will_not(io::ErrorKind::TimedOut.into()))

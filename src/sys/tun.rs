@@ -42,7 +42,7 @@ pub enum TunError {
     NoDriver(#[source] io::Error),
     /// The device file's permissions.
     #[error(
-        "not allowed to open {TUN_DEVICE_PATH}: run as root, or let everyone open it (`chmod 666 {TUN_DEVICE_PATH}`; interfaces still need CAP_NET_ADMIN)"
+        "not allowed to open {TUN_DEVICE_PATH}: run as root or `chmod 666` it; in a container, give it `--device {TUN_DEVICE_PATH}`"
     )]
     DriverNotPermitted(#[source] io::Error),
     /// The process may not make interfaces.
