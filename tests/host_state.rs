@@ -107,8 +107,8 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
 
 /// An uplink with IPv4 and IPv6, and a second interface. The other ends are in the same namespace and stand for the network.
 fn make_uplinks() {
-    run("ip link add eth0 type veth peer name net0
-         ip link add eth1 mtu 1400 type veth peer name net1
+    run("ip link add eth0 mtu 1400 type veth peer name net0
+         ip link add eth1 type veth peer name net1
          for i in eth0 net0 eth1 net1; do ip link set $i up; done
          ip address add 192.0.2.10/24 dev eth0
          ip route add default via 192.0.2.1 dev eth0
@@ -193,6 +193,8 @@ fn a_servers_changes_are_undone_exactly_and_keep_learned_routes() {
                 "10.87.0.0/16 dev ringtun0",
                 "fd01::/64 dev ringtun0",
                 "masquerade to :8444-65535",
+                "maxseg size set 1360",
+                "maxseg size set 1340",
                 "proto ra",
             ] {
                 assert!(during.contains(expected), "{expected} is not in\n{during}");

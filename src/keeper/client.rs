@@ -9,7 +9,7 @@ use super::daemon::{Daemon, Role, Signals};
 use super::plan::{self, Host, Tunnel};
 use super::request::{ClientSetup, Notice, Reply, Request, Setup, TunnelSettings};
 use super::undo::line;
-use super::{KeeperError, begin, cores, make_interface};
+use super::{KeeperError, begin, cores, finish, make_interface};
 use crate::config::ClientConfig;
 use crate::invite::Invite;
 use crate::sys::route::{self, OwnRoute};
@@ -40,10 +40,7 @@ pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperErro
         config,
     }));
     let served = Daemon::start(&setup, tun.queues)?.serve(&signals, &mut role);
-    let undone = role.changes.undo_all();
-    served?;
-    undone?;
-    Ok(0)
+    finish(served, role.changes)
 }
 
 struct ClientRole {

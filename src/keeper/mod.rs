@@ -90,7 +90,7 @@ pub enum KeeperError {
         line: String,
     },
     /// The daemon is gone without a word.
-    #[error("the daemon process ended unexpectedly ({0}); the host is as before")]
+    #[error("the daemon process ended unexpectedly ({0}); what was set up has been undone")]
     DaemonDied(String),
 }
 
@@ -172,6 +172,17 @@ fn make_interface(
         mtu,
     };
     Ok((tun, tunnel))
+}
+
+/// Undoes everything, and says how the run ended: a failure of the run comes before one of undoing.
+fn finish(served: Result<(), KeeperError>, changes: Changes) -> Result<u8, KeeperError> {
+    let undone = changes.undo_all();
+    if let (Err(_), Err(error)) = (&served, &undone) {
+        tracing::error!("{error}");
+    }
+    served?;
+    undone?;
+    Ok(0)
 }
 
 fn cores() -> usize {

@@ -16,7 +16,7 @@ use super::plan::{self, ServerNetwork};
 use super::request::{Notice, Peer, Reply, Request, SavedLease, ServerSetup, Setup};
 use super::state::{PEERS_FILE, StateDir, StateError};
 use super::undo::line;
-use super::{KeeperError, begin, cores, make_interface, ruleset};
+use super::{KeeperError, begin, cores, finish, make_interface, ruleset};
 use crate::config::{NAMESERVERS_MAX, ServerConfig};
 use crate::sys::socket::{self, ListenError};
 use crate::sys::{dns, nft};
@@ -81,10 +81,7 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
     fds.extend(listeners.duplicates()?);
     let served = Daemon::start(&setup, fds)?.serve(&signals, &mut role);
     drop(listeners);
-    let undone = changes.undo_all();
-    served?;
-    undone?;
-    Ok(0)
+    finish(served, changes)
 }
 
 /// The operator's certificate, or the generated one.

@@ -18,7 +18,8 @@ use rtnetlink::packet_route::route::{
 use rtnetlink::{Handle, RouteMessageBuilder};
 use serde::{Deserialize, Serialize};
 
-/// The protocol number of our routes (`ip route show proto 114`); free in iproute2's `rt_protos`.
+/// The protocol number of our routes (`ip route show proto 114`). Nobody in iproute2's
+/// `rt_protos` has it, so no routing daemon takes our routes for its own.
 pub const PROTOCOL: u8 = 114;
 /// The protocol number of what the kernel learned from router advertisements (RTPROT_RA).
 pub const PROTOCOL_RA: u8 = 9;
