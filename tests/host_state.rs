@@ -202,6 +202,9 @@ fn a_servers_changes_are_undone_exactly_and_keep_learned_routes() {
             let link_local = run("ip -6 address show dev ringtun0 scope link");
             assert_eq!(link_local, "", "the tunnel talks by itself");
 
+            // Advertisements still count, and what was learned meanwhile has to survive the way back too.
+            run("ip -6 route del default");
+            learn_ipv6();
             drop(tun);
             changes.undo_all().expect("undone");
             assert_same(&before, &snapshot());

@@ -133,14 +133,6 @@ pub fn down(interface: Option<&str>) -> Result<u8, KeeperError> {
     Ok(0)
 }
 
-/// Makes this process the daemon, see [`DaemonStart::enter`].
-///
-/// # Errors
-/// [`LinkError`].
-pub fn daemon_start() -> Result<DaemonStart, LinkError> {
-    DaemonStart::enter()
-}
-
 /// Claims the interface name and undoes what a killed predecessor left.
 fn begin(interface: &str) -> Result<Changes, KeeperError> {
     match caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN) {
