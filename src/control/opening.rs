@@ -251,17 +251,20 @@ async fn upgraded(
     }
 }
 
-/// Reads capsules until addresses and routes are known. Packets that come before are of no use yet.
+/// Reads capsules until addresses and routes are known, and what came along with those: nameservers follow the routes.
+/// Packets that come before are of no use yet.
 async fn terms(stream: &mut SecureStream, deadline: Instant) -> Result<Terms, OpeningError> {
     let mut deframer = Deframer::new();
     let mut terms = Terms::default();
-    while !terms.is_complete() {
+    loop {
         let plaintext = stream.plaintext();
         let end = match deframer.next(plaintext)? {
+            Frame::Incomplete if terms.is_complete() => return Ok(terms),
             Frame::Incomplete => {
                 more(stream, deadline).await?;
                 continue;
             }
+            Frame::Datagram { .. } if terms.is_complete() => return Ok(terms),
             Frame::Datagram { end, .. } | Frame::Skipped { end } => end,
             Frame::Control { kind, value, end } => {
                 match Capsule::decode(kind, &plaintext[value])? {
@@ -276,7 +279,6 @@ async fn terms(stream: &mut SecureStream, deadline: Instant) -> Result<Terms, Op
         };
         plaintext.drain(..end);
     }
-    Ok(terms)
 }
 
 async fn more(stream: &mut SecureStream, deadline: Instant) -> Result<(), OpeningError> {

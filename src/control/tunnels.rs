@@ -30,15 +30,15 @@ pub struct Offer {
 }
 
 impl Offer {
-    /// The capsules that a new tunnel begins with. The routes come last: a client that has them has everything.
+    /// The capsules that a new tunnel begins with. Nameservers follow the routes that lead to them, as the draft wants.
     pub fn capsules(&self, lease: Lease) -> Vec<u8> {
         let mut capsules = Vec::new();
         Capsule::AddressAssign(session::assignment(lease)).encode(&mut capsules);
+        Capsule::RouteAdvertisement(self.routes.clone()).encode(&mut capsules);
         if !self.dns.is_empty() {
             Capsule::DnsAssign(DnsAssign::plain(self.dns.iter().copied(), Vec::new()))
                 .encode(&mut capsules);
         }
-        Capsule::RouteAdvertisement(self.routes.clone()).encode(&mut capsules);
         capsules
     }
 }

@@ -50,7 +50,7 @@ pub struct DaemonStart {
 
 impl DaemonStart {
     /// Makes this process the daemon: gives all privileges up, then waits for the setup on standard input, which is the
-    /// daemon's end of the pair. The first thing to be done, before any thread or runtime is made.
+    /// daemon's end of the pair. To be done before any thread is made.
     ///
     /// # Errors
     /// [`LinkError`].

@@ -117,6 +117,8 @@ fn try_listen(address: SocketAddr) -> io::Result<OwnedFd> {
         socket.set_only_v6(!address.ip().is_unspecified())?;
     }
     socket.set_reuse_address(true)?;
+    // Accepted connections inherit all of it.
+    tune(socket.as_fd())?;
     socket.bind(&address.into())?;
     socket.listen(LISTEN_BACKLOG)?;
     Ok(socket.into())
