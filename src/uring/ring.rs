@@ -245,8 +245,8 @@ impl Ring {
         self.push(opcode::Timeout::new(&*self.tick).build(), token);
     }
 
-    /// Waits for the worker's own eventfd.
-    pub fn wait_for_wake(&mut self, file: FileSlot, token: Token) {
+    /// Silences a bell that has rung: the next ring is a new one.
+    pub fn silence(&mut self, file: FileSlot, token: Token) {
         let address = (&raw mut *self.wake_count).cast();
         self.push(
             opcode::Read::new(types::Fixed(file.0), address, 8).build(),
@@ -301,11 +301,14 @@ impl Ring {
 
 /// An eventfd, the bell of a worker.
 ///
+/// It is non-blocking: io_uring hands a write to a blocking eventfd to a thread of its own (`loop_rw_iter` in the
+/// kernel). So its owner polls it and does not leave a read in the kernel.
+///
 /// # Errors
 /// What eventfd(2) says.
 pub fn bell() -> io::Result<OwnedFd> {
     use nix::sys::eventfd::{EfdFlags, EventFd};
-    let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?;
+    let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
     Ok(OwnedFd::from(event))
 }
 
@@ -449,14 +452,46 @@ mod tests {
         let mut ring = Ring::start(PreparedRing::new().unwrap(), 4).unwrap();
         let bell = bell().unwrap();
         ring.register_file(FileSlot(0), bell.as_fd()).unwrap();
-        ring.wait_for_wake(FileSlot(0), Token::single(Operation::Wake));
+        let rung = Token::single(Operation::Wake);
+        ring.poll_input(FileSlot(0), rung);
         ring_bell(bell.as_fd()).unwrap();
-        assert_eq!(reap_one(&mut ring).token.operation, Operation::Wake);
-        ring.wait_for_wake(FileSlot(0), Token::single(Operation::Wake));
+        assert_eq!(reap_one(&mut ring).token, rung);
+        ring.silence(FileSlot(0), Token::single(Operation::Silence));
+        assert_eq!(reap_one(&mut ring).result(), Ok(8));
+        ring.poll_input(FileSlot(0), rung);
         ring.wake(FileSlot(0), Token::single(Operation::WakePeer));
         let mut completions = Vec::new();
         while completions.len() < 2 {
             ring.submit_and_reap(&mut completions).unwrap();
+        }
+        assert!(
+            completions
+                .iter()
+                .any(|completion| completion.token == rung)
+        );
+    }
+
+    #[test]
+    fn no_operation_on_a_bell_needs_a_kernel_thread() {
+        let mut ring = Ring::start(PreparedRing::new().unwrap(), 4).unwrap();
+        let bell = bell().unwrap();
+        ring.register_file(FileSlot(0), bell.as_fd()).unwrap();
+        for _ in 0..100 {
+            ring.poll_input(FileSlot(0), Token::single(Operation::Wake));
+            ring.wake(FileSlot(0), Token::single(Operation::WakePeer));
+            let mut completions = Vec::new();
+            while completions.len() < 2 {
+                ring.submit_and_reap(&mut completions).unwrap();
+            }
+            ring.silence(FileSlot(0), Token::single(Operation::Silence));
+            assert_eq!(reap_one(&mut ring).result(), Ok(8));
+        }
+        // io_uring names its threads after the one that made the request.
+        let own = format!("iou-wrk-{}", nix::unistd::gettid());
+        for task in std::fs::read_dir("/proc/self/task").unwrap() {
+            let name =
+                std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap_or_default();
+            assert_ne!(name.trim(), own);
         }
     }
 

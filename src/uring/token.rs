@@ -18,8 +18,10 @@ pub enum Operation {
     ConnectionWrite,
     /// Cancels a connection's parked read or poll.
     Cancel,
-    /// The worker's own eventfd: commands or handed-over packets wait.
+    /// The worker's own bell has rung: commands or handed-over packets wait.
     Wake,
+    /// The bell is silent again, and whatever rang it can be looked at.
+    Silence,
     /// Waking another worker by its eventfd.
     WakePeer,
     /// The periodic timer.
@@ -27,7 +29,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::TunPoll,
         Self::TunRead,
         Self::TunWrite,
@@ -36,6 +38,7 @@ impl Operation {
         Self::ConnectionWrite,
         Self::Cancel,
         Self::Wake,
+        Self::Silence,
         Self::WakePeer,
         Self::Tick,
     ];

@@ -147,8 +147,7 @@ impl Worker {
     /// Works until told to stop.
     pub(super) fn run(&mut self) -> Result<(), WorkerError> {
         let mut completions = Vec::with_capacity(1024);
-        self.ring
-            .wait_for_wake(BELL, Token::single(Operation::Wake));
+        self.ring.poll_input(BELL, Token::single(Operation::Wake));
         self.ring.tick(TICK, Token::single(Operation::Tick));
         self.read_tun();
         while !self.is_done() {
@@ -175,10 +174,10 @@ impl Worker {
             }
             Operation::TunRead => self.on_tun_read(completion)?,
             Operation::TunWrite => self.on_tun_written(completion),
-            Operation::Wake => {
+            Operation::Wake => self.ring.silence(BELL, Token::single(Operation::Silence)),
+            Operation::Silence => {
                 self.on_wake();
-                self.ring
-                    .wait_for_wake(BELL, Token::single(Operation::Wake));
+                self.ring.poll_input(BELL, Token::single(Operation::Wake));
             }
             Operation::Tick => self.on_tick(),
             Operation::WakePeer => {}
