@@ -81,6 +81,8 @@ pub struct Ring {
     tick: Box<types::Timespec>,
     /// Where reads of the eventfd land; never looked at.
     wake_count: Box<u64>,
+    /// Completions that were there before anyone asked, because the submission queue was full.
+    early: Vec<Completion>,
 }
 
 /// What is written to an eventfd to wake its owner.
@@ -107,6 +109,7 @@ impl Ring {
             buffers_registered: false,
             tick: Box::new(types::Timespec::new()),
             wake_count: Box::new(0),
+            early: Vec::new(),
         })
     }
 
@@ -268,8 +271,11 @@ impl Ring {
         // SAFETY: every caller above passes addresses that outlive the operation: the pool's memory behind
         // InFlight and Piece, this ring's own boxes, or a static.
         while unsafe { self.ring.submission().push(&entry) }.is_err() {
-            // Full: let the kernel take what is there. Errors surface at the next wait.
-            if self.ring.submit().is_err() {
+            // Full: let the kernel take what is there. Errors surface at the next wait. What has completed is taken in,
+            // or the completion queue would overflow, and 5.10 takes nothing more then.
+            let submitted = self.ring.submit();
+            collect(&mut self.ring, &mut self.early);
+            if submitted.is_err() {
                 std::thread::yield_now();
             }
         }
@@ -280,22 +286,28 @@ impl Ring {
     /// # Errors
     /// What io_uring_enter says; interruptions are retried.
     pub fn submit_and_reap(&mut self, completions: &mut Vec<Completion>) -> io::Result<()> {
-        if let Err(error) = self.ring.submit_and_wait(1) {
+        let wanted = usize::from(self.early.is_empty());
+        if let Err(error) = self.ring.submit_and_wait(wanted) {
             match error.raw_os_error() {
                 // EBUSY and EAGAIN: completions have to be reaped before more is taken.
                 Some(libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
                 _ => return Err(error),
             }
         }
-        for entry in self.ring.completion() {
-            if let Some(token) = Token::from_user_data(entry.user_data()) {
-                completions.push(Completion {
-                    token,
-                    result: entry.result(),
-                });
-            }
-        }
+        completions.append(&mut self.early);
+        collect(&mut self.ring, completions);
         Ok(())
+    }
+}
+
+fn collect(ring: &mut IoUring, completions: &mut Vec<Completion>) {
+    for entry in ring.completion() {
+        if let Some(token) = Token::from_user_data(entry.user_data()) {
+            completions.push(Completion {
+                token,
+                result: entry.result(),
+            });
+        }
     }
 }
 
@@ -445,6 +457,28 @@ mod tests {
                 .all(|completion| completion.result() == Ok(1))
         );
         assert_eq!(reader.join().unwrap(), vec![b'x'; count]);
+    }
+
+    #[test]
+    fn more_completions_than_entries_all_arrive_in_order() {
+        let (mut ring, mut pool, _far) = fixture(true);
+        let sink = std::fs::File::create("/dev/null").unwrap();
+        ring.register_file(FileSlot(2), sink.as_fd()).unwrap();
+        let mut buffer = pool.take(Class::Small).unwrap();
+        buffer.append(b"x");
+        let piece = pool.freeze(&mut buffer, 1, 0..1);
+        let count = 20_000;
+        for index in 0..count {
+            let token = Token::new(Operation::TunWrite, index, 0);
+            ring.write_piece(FileSlot(2), &piece, token);
+        }
+        assert!(!ring.ring.submission().cq_overflow());
+        let mut completions = Vec::new();
+        while completions.len() < count as usize {
+            ring.submit_and_reap(&mut completions).unwrap();
+        }
+        let order = completions.iter().map(|completion| completion.token.slot);
+        assert!(order.eq(0..count));
     }
 
     #[test]
