@@ -41,13 +41,22 @@ impl Completion {
     }
 }
 
-/// What a read may do when nothing is there.
+/// What a read may do when nothing is there, and a write when nothing is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WhenDry {
-    /// Wait in the kernel until something is.
+    /// Wait in the kernel.
     Wait,
     /// Fail with EAGAIN at once (RWF_NOWAIT).
     Fail,
+}
+
+impl WhenDry {
+    fn rw_flags(self) -> i32 {
+        match self {
+            Self::Wait => 0,
+            Self::Fail => libc::RWF_NOWAIT,
+        }
+    }
 }
 
 /// A ring that nobody uses yet.
@@ -184,10 +193,7 @@ impl Ring {
         token: Token,
     ) -> InFlight {
         let (address, bytes) = buffer.raw(&range);
-        let flags = match when_dry {
-            WhenDry::Wait => 0,
-            WhenDry::Fail => libc::RWF_NOWAIT,
-        };
+        let flags = when_dry.rw_flags();
         let file = types::Fixed(file.0);
         let entry = if self.buffers_registered {
             opcode::ReadFixed::new(file, address, bytes, 0)
@@ -211,23 +217,35 @@ impl Ring {
         token: Token,
     ) -> InFlight {
         let (address, bytes) = buffer.raw(&range);
-        self.push_write(file, address, bytes, token);
+        self.push_write(file, address, bytes, WhenDry::Wait, token);
         InFlight::new(buffer, token)
     }
 
     /// Writes a piece. The caller keeps the piece until the completion is there (a piece's bytes stay frozen as long
     /// as it was not given back to the pool).
-    pub fn write_piece(&mut self, file: FileSlot, piece: &Piece, token: Token) {
+    pub fn write_piece(&mut self, file: FileSlot, piece: &Piece, when_full: WhenDry, token: Token) {
         let (address, bytes) = piece.raw();
-        self.push_write(file, address, bytes, token);
+        self.push_write(file, address, bytes, when_full, token);
     }
 
-    fn push_write(&mut self, file: FileSlot, address: *const u8, bytes: u32, token: Token) {
+    fn push_write(
+        &mut self,
+        file: FileSlot,
+        address: *const u8,
+        bytes: u32,
+        when_full: WhenDry,
+        token: Token,
+    ) {
+        let flags = when_full.rw_flags();
         let file = types::Fixed(file.0);
         let entry = if self.buffers_registered {
-            opcode::WriteFixed::new(file, address, bytes, 0).build()
+            opcode::WriteFixed::new(file, address, bytes, 0)
+                .rw_flags(flags)
+                .build()
         } else {
-            opcode::Write::new(file, address, bytes).build()
+            opcode::Write::new(file, address, bytes)
+                .rw_flags(flags)
+                .build()
         };
         self.push(entry, token);
     }
@@ -388,7 +406,8 @@ mod tests {
         assert_eq!(&buffer.bytes()[100..], b"world");
 
         let piece = pool.freeze(&mut buffer, 105, 100..105);
-        ring.write_piece(FileSlot(1), &piece, Token::new(Operation::TunWrite, 0, 0));
+        let token = Token::new(Operation::TunWrite, 0, 0);
+        ring.write_piece(FileSlot(1), &piece, WhenDry::Wait, token);
         assert_eq!(reap_one(&mut ring).result(), Ok(5));
         far.read_exact(&mut text).unwrap();
         assert_eq!(&text, b"world");
@@ -444,6 +463,7 @@ mod tests {
             ring.write_piece(
                 FileSlot(1),
                 &piece,
+                WhenDry::Wait,
                 Token::new(Operation::TunWrite, index as u32, 0),
             );
         }
@@ -470,7 +490,7 @@ mod tests {
         let count = 20_000;
         for index in 0..count {
             let token = Token::new(Operation::TunWrite, index, 0);
-            ring.write_piece(FileSlot(2), &piece, token);
+            ring.write_piece(FileSlot(2), &piece, WhenDry::Wait, token);
         }
         assert!(!ring.ring.submission().cq_overflow());
         let mut completions = Vec::new();

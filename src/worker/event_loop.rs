@@ -13,7 +13,7 @@ use crate::proto::timer::Instant;
 use crate::stats::WorkerCounters;
 use crate::tls::record::RECORD_PLAINTEXT_BYTES_MAX;
 use crate::uring::buffer::{BUDGET_BYTES_MIN, Buffer, InFlight, Piece, Pool};
-use crate::uring::ring::{Completion, FileSlot, Ring};
+use crate::uring::ring::{Completion, FileSlot, Ring, WhenDry};
 use crate::uring::token::{Operation, Token};
 use nix::errno::Errno;
 use nix::sys::socket::{Shutdown, shutdown};
@@ -54,6 +54,17 @@ pub(super) struct TunQueue {
     pub(super) yielded: usize,
     /// The kernel takes RWF_NOWAIT on this file.
     pub(super) nowait: bool,
+}
+
+impl TunQueue {
+    /// Nothing ever waits in the kernel: where there is no RWF_NOWAIT, O_NONBLOCK alone sees to that.
+    pub(super) fn when_dry(&self) -> WhenDry {
+        if self.nowait {
+            WhenDry::Fail
+        } else {
+            WhenDry::Wait
+        }
+    }
 }
 
 /// One worker. The methods on the packet path are in `outbound.rs` and `inbound.rs`.

@@ -454,11 +454,12 @@ impl Worker {
         Some(piece)
     }
 
-    /// Step 4: writes the packet to the TUN queue.
+    /// Step 4: writes the packet to the TUN queue. A full queue drops it: a write that waited would be overtaken.
     fn write_tun(&mut self, piece: Piece) {
+        let when_full = self.tun.when_dry();
         let entry = self.tun.writes.vacant_entry();
         let token = Token::new(Operation::TunWrite, entry.key() as u32, 0);
-        self.ring.write_piece(TUN, &piece, token);
+        self.ring.write_piece(TUN, &piece, when_full, token);
         entry.insert(piece);
     }
 
@@ -470,6 +471,11 @@ impl Worker {
                 self.counters
                     .tun_written_bytes
                     .add(bytes.saturating_sub(VIRTIO_NET_HDR_BYTES) as u64);
+            }
+            Err(Errno::EOPNOTSUPP) if self.tun.nowait => {
+                self.tun.nowait = false;
+                self.write_tun(piece);
+                return;
             }
             Err(Errno::EINVAL) => self.segment_refused(&piece),
             Err(_) => self.counters.dropped_tun_refused.add(1),

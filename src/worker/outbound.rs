@@ -15,7 +15,7 @@ use crate::tls::record::{
     RecordError, RecordLayer,
 };
 use crate::uring::buffer::{Buffer, Class, HEADROOM_BYTES, SMALL_SLOT_BYTES};
-use crate::uring::ring::{Completion, WhenDry};
+use crate::uring::ring::Completion;
 use crate::uring::token::{Operation, Token};
 use nix::errno::Errno;
 use std::io;
@@ -58,11 +58,7 @@ impl Worker {
             .batch
             .min(free.saturating_sub(INBOUND_RESERVE_SLOTS));
         self.tun.yielded = 0;
-        let when_dry = if self.tun.nowait {
-            WhenDry::Fail
-        } else {
-            WhenDry::Wait // O_NONBLOCK makes it fail all the same.
-        };
+        let when_dry = self.tun.when_dry();
         for _ in 0..batch {
             let Some(buffer) = self.pool.take(Class::Packet) else {
                 break;
