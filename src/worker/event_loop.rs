@@ -12,7 +12,7 @@ use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::proto::timer::Instant;
 use crate::stats::WorkerCounters;
 use crate::tls::record::RECORD_PLAINTEXT_BYTES_MAX;
-use crate::uring::buffer::{BUDGET_BYTES_MIN, Buffer, InFlight, Piece, Pool};
+use crate::uring::buffer::{BUDGET_BYTES_MIN, Buffer, Class, InFlight, Piece, Pool};
 use crate::uring::ring::{Completion, FileSlot, Ring, WhenDry};
 use crate::uring::token::{Operation, Token};
 use nix::errno::Errno;
@@ -28,6 +28,9 @@ const FILES_MAX: u64 = 16 * 1024;
 const TICK: Duration = Duration::from_millis(500);
 /// The period while stopping.
 const TICK_STOPPING: Duration = Duration::from_millis(20);
+
+/// Packet slots that are left to those who need one for this turn only.
+pub(super) const PACKETS_LEFT_MIN: usize = 5;
 
 /// Slot of the worker's own bell.
 pub(super) const BELL: FileSlot = FileSlot(0);
@@ -258,6 +261,15 @@ impl Worker {
         FileSlot(FIRST_PEER + u32::from(index))
     }
 
+    /// Whether memory of a class is so short that whoever may have to wait gives it back.
+    pub(super) fn is_short_of(&self, class: Class) -> bool {
+        let left = match class {
+            Class::Packet => PACKETS_LEFT_MIN,
+            Class::Chunk | Class::Small => 0,
+        };
+        self.pool.free(class) < (self.pool.slots(class) / 4).max(left)
+    }
+
     pub(super) fn tell_control(&self, event: Event) {
         // Control drops the receiver only when the process ends.
         let _ = self.events.send(event);
@@ -340,8 +352,7 @@ impl Worker {
             self.connections.resize_with(slot + 1, || None);
         }
         self.connections[slot] = Some(Box::new(connection));
-        // Whatever came with the handshake is looked at first; then the connection goes idle by itself.
-        self.on_readable(slot);
+        self.on_arrival(slot);
     }
 
     /// Begins the end of a connection: what is sealed, the reason and close_notify are flushed first.

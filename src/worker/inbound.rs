@@ -34,6 +34,17 @@ enum Stop {
     Misbehaved(String),
 }
 
+/// What follows the processing of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// There is something to read.
+    Read,
+    /// There may be.
+    ReadOrPark,
+    /// The connection is idle.
+    Park,
+}
+
 /// How far the processing of a chunk came.
 enum Progress {
     /// Everything whole was processed; the rest starts here.
@@ -48,7 +59,23 @@ fn misbehaved(error: impl std::fmt::Display) -> Stop {
 }
 
 impl Worker {
-    /// An idle connection has something to read, or has just arrived.
+    /// A connection has just arrived: whatever came with the handshake is looked at first.
+    pub(super) fn on_arrival(&mut self, slot: usize) {
+        let Some(mut connection) = self.take_out(slot) else {
+            return;
+        };
+        let came_alone =
+            connection.spilled_ciphertext.is_empty() && connection.spilled_plaintext.is_empty();
+        if came_alone {
+            self.poll_connection(&mut connection);
+        }
+        self.put_back(slot, connection);
+        if !came_alone {
+            self.on_readable(slot);
+        }
+    }
+
+    /// An idle connection has something to read.
     pub(super) fn on_readable(&mut self, slot: usize) {
         let Some(connection) = self.connection(slot) else {
             return;
@@ -73,7 +100,7 @@ impl Worker {
         }
         chunk.append(&std::mem::take(&mut connection.spilled_ciphertext));
         self.put_back(slot, connection);
-        self.process(slot, chunk, 0);
+        self.process(slot, chunk, 0, Next::Read);
     }
 
     /// Step 1: a parked read is over.
@@ -100,10 +127,10 @@ impl Worker {
             Ok(bytes) => {
                 chunk.fill(bytes);
                 connection.clock.on_received(now);
-                self.process(slot, chunk, 0);
+                self.process(slot, chunk, 0, Next::ReadOrPark);
             }
-            Err(Errno::ECANCELED) => self.park(slot, chunk),
-            Err(Errno::EINTR | Errno::EAGAIN) => self.process(slot, chunk, 0),
+            Err(Errno::ECANCELED) => self.process(slot, chunk, 0, Next::Park),
+            Err(Errno::EINTR | Errno::EAGAIN) => self.process(slot, chunk, 0, Next::Read),
             Err(error) => {
                 self.pool.release(chunk);
                 self.fail(slot, error);
@@ -111,23 +138,24 @@ impl Worker {
         }
     }
 
-    /// Gives an idle connection's memory back and waits for readiness only.
-    fn park(&mut self, slot: usize, chunk: Buffer) {
-        let Some(mut connection) = self.take_out(slot) else {
-            return;
-        };
+    /// Gives a connection's memory back and waits for readiness only.
+    fn park(&mut self, connection: &mut Connection, chunk: Buffer) {
         connection
             .spilled_ciphertext
             .extend_from_slice(chunk.bytes());
         self.pool.release(chunk);
+        self.spill_plaintext(connection);
+        self.poll_connection(connection);
+    }
+
+    /// Keeps an unfinished capsule outside the pool.
+    fn spill_plaintext(&mut self, connection: &mut Connection) {
         if let Some(plaintext) = connection.plaintext.take() {
             connection
                 .spilled_plaintext
                 .extend_from_slice(plaintext.bytes());
             self.pool.release(plaintext);
         }
-        self.poll_connection(&mut connection);
-        self.put_back(slot, connection);
     }
 
     fn poll_connection(&mut self, connection: &mut Connection) {
@@ -149,7 +177,9 @@ impl Worker {
                 continue;
             };
             match std::mem::replace(&mut connection.receive, Receive::Parked) {
-                Receive::Stalled { chunk, start } => self.process(slot, chunk, start),
+                Receive::Stalled { chunk, start } => {
+                    self.process(slot, chunk, start, Next::ReadOrPark);
+                }
                 Receive::Parked => self.on_readable(slot),
                 receive => connection.receive = receive,
             }
@@ -157,8 +187,8 @@ impl Worker {
         }
     }
 
-    /// Steps 2 to 4 for all whole records in the chunk, then the next read.
-    fn process(&mut self, slot: usize, mut chunk: Buffer, start: usize) {
+    /// Steps 2 to 4 for all whole records in the chunk, then what comes next.
+    fn process(&mut self, slot: usize, mut chunk: Buffer, start: usize, next: Next) {
         let Some(mut connection) = self.take_out(slot) else {
             self.pool.release(chunk);
             return;
@@ -173,7 +203,7 @@ impl Worker {
             Progress::Through(start) => {
                 // Less than a record is left, so a full read always fits behind it.
                 chunk.discard_front(start);
-                self.receive_more(&mut connection, chunk);
+                self.receive_more(&mut connection, chunk, next);
             }
             Progress::Stalled(start) => {
                 connection.receive = Receive::Stalled { chunk, start };
@@ -183,12 +213,6 @@ impl Worker {
                 self.pool.release(chunk);
                 stop = Some(reason);
             }
-        }
-        if let Some(plaintext) = connection
-            .plaintext
-            .take_if(|plaintext| plaintext.bytes().is_empty())
-        {
-            self.pool.release(plaintext);
         }
         self.put_back(slot, connection);
         match stop {
@@ -200,12 +224,23 @@ impl Worker {
         }
     }
 
-    /// Parks the next read, or only polls while chunks are short.
-    fn receive_more(&mut self, connection: &mut Connection, chunk: Buffer) {
-        let short = self.pool.free(Class::Chunk) < self.pool.slots(Class::Chunk) / 3;
-        if short && chunk.filled() == 0 {
-            self.pool.release(chunk);
-            self.poll_connection(connection);
+    /// Leaves a read in the kernel, or only polls while memory is short.
+    fn receive_more(&mut self, connection: &mut Connection, chunk: Buffer, next: Next) {
+        let finished = |plaintext: &mut Buffer| plaintext.bytes().is_empty();
+        if let Some(plaintext) = connection.plaintext.take_if(finished) {
+            self.pool.release(plaintext);
+        }
+        if self.is_short_of(Class::Packet) {
+            self.spill_plaintext(connection);
+        }
+        // Part of a record would have to be copied to and fro: it stays as long as others find any chunk at all.
+        let free = self.pool.free(Class::Chunk);
+        let short = match chunk.filled() {
+            0 => free < self.pool.slots(Class::Chunk) / 3,
+            _ => free == 0,
+        };
+        if next == Next::Park || next == Next::ReadOrPark && short {
+            self.park(connection, chunk);
             return;
         }
         let reference = connection.reference;
@@ -235,8 +270,7 @@ impl Worker {
             match self.plaintext_with_room(connection, spilled) {
                 None => return Progress::Stalled(start),
                 Some(mut plaintext) => {
-                    plaintext.append(&connection.spilled_plaintext);
-                    connection.spilled_plaintext.clear();
+                    plaintext.append(&std::mem::take(&mut connection.spilled_plaintext));
                     let delivered = self.deliver(connection, &mut plaintext);
                     connection.plaintext = Some(plaintext);
                     if let Err(stop) = delivered {
