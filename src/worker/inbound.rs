@@ -364,11 +364,9 @@ impl Worker {
     /// Step 3: cuts capsules out of the packet buffer.
     fn deliver(&mut self, connection: &mut Connection, plaintext: &mut Buffer) -> Result<(), Stop> {
         loop {
-            match connection
-                .deframer
-                .next(plaintext.bytes())
-                .map_err(misbehaved)?
-            {
+            let oversized = connection.deframer.oversized_datagrams();
+            let frame = connection.deframer.next(plaintext.bytes());
+            match frame.map_err(misbehaved)? {
                 Frame::Incomplete => return Ok(()),
                 Frame::Datagram {
                     context,
@@ -381,7 +379,11 @@ impl Worker {
                     self.pool.skip(plaintext, end);
                     self.on_capsule(connection, capsule);
                 }
-                Frame::Skipped { end } => self.pool.skip(plaintext, end),
+                Frame::Skipped { end } => {
+                    self.pool.skip(plaintext, end);
+                    let oversized = connection.deframer.oversized_datagrams() - oversized;
+                    self.counters.dropped_unknown_context.add(oversized);
+                }
             }
         }
     }
