@@ -23,6 +23,9 @@ const OPENED_BYTES_MAX: usize = RECORD_PLAINTEXT_BYTES_MAX + 1;
 /// A packet buffer takes further records while no more than this of it is used by finished capsules.
 const REUSE_BYTES_MAX: usize = 8000;
 
+/// Pings stay unanswered while more than this waits to be sent.
+const PONGS_BYTES_MAX: usize = 4096;
+
 // An unfinished capsule that starts below the limit, and one more record, always fit.
 const _: () = assert!(REUSE_BYTES_MAX + CAPSULE_BYTES_MAX + OPENED_BYTES_MAX <= PACKET_SLOT_BYTES);
 
@@ -391,6 +394,8 @@ impl Worker {
     fn on_capsule(&mut self, connection: &mut Connection, capsule: Option<Capsule>) {
         match capsule {
             None => {}
+            // A peer that asks faster than it reads gets no more answers for now.
+            Some(Capsule::Ping(_)) if connection.capsules.len() > PONGS_BYTES_MAX => {}
             Some(Capsule::Ping(payload)) => {
                 Capsule::Pong(payload).encode(&mut connection.capsules);
                 self.wants_pump(connection);

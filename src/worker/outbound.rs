@@ -251,29 +251,42 @@ impl Worker {
                 chunk.fill(bytes);
             }
         }
-        if !connection.capsules.is_empty() {
-            if !self.make_room(connection, sealed_bytes_max(connection.capsules.len())) {
+        while !connection.capsules.is_empty() {
+            // Record by record: all together they may be longer than a chunk.
+            let bytes = connection.capsules.len().min(RECORD_PLAINTEXT_BYTES_MAX);
+            if !self.make_room(connection, sealed_bytes_max(bytes)) {
                 return Ok(());
             }
             if let Some(chunk) = &mut connection.fill {
-                seal_all(&mut connection.records, &connection.capsules, chunk)?;
+                seal_all(
+                    &mut connection.records,
+                    &connection.capsules[..bytes],
+                    chunk,
+                )?;
             }
-            connection.capsules.clear();
+            connection.capsules.drain(..bytes);
         }
-        if let Life::Closing { said_goodbye, .. } = &mut connection.life {
-            if *said_goodbye {
-                return Ok(());
-            }
-            *said_goodbye = true;
-            if self.make_room(connection, CONTROL_RECORD_BYTES_MAX)
-                && let Some(chunk) = &mut connection.fill
-            {
-                let bytes = connection.records.close_notify(chunk.tail_mut())?;
-                chunk.fill(bytes);
-            }
+        match connection.life {
+            Life::Open => self.seal_packets(connection),
+            Life::Closing { .. } => self.seal_goodbye(connection),
+            Life::Draining { .. } => Ok(()),
+        }
+    }
+
+    fn seal_goodbye(&mut self, connection: &mut Connection) -> Result<(), RecordError> {
+        if matches!(&connection.life, Life::Closing { said_goodbye, .. } if *said_goodbye)
+            || !self.make_room(connection, CONTROL_RECORD_BYTES_MAX)
+        {
             return Ok(());
         }
-        self.seal_packets(connection)
+        if let Some(chunk) = &mut connection.fill {
+            let bytes = connection.records.close_notify(chunk.tail_mut())?;
+            chunk.fill(bytes);
+        }
+        if let Life::Closing { said_goodbye, .. } = &mut connection.life {
+            *said_goodbye = true;
+        }
+        Ok(())
     }
 
     fn seal_packets(&mut self, connection: &mut Connection) -> Result<(), RecordError> {
