@@ -88,6 +88,8 @@ pub(super) struct Worker {
     pub(super) starved: Vec<usize>,
     /// Small packets of one connection on their way into one record.
     pub(super) staging: Vec<u8>,
+    /// Where this turn's packets of context 0 get their headers.
+    pub(super) framing: Option<Buffer>,
     /// Segments made in software.
     pub(super) scratch: Vec<u8>,
     pub(super) now: Instant,
@@ -141,6 +143,7 @@ impl Worker {
             dirty: Vec::new(),
             starved: Vec::new(),
             staging: Vec::with_capacity(RECORD_PLAINTEXT_BYTES_MAX),
+            framing: None,
             scratch: vec![0; usize::from(u16::MAX)],
             now: Instant::from_nanos(0),
             epoch: std::time::Instant::now(),
@@ -174,6 +177,7 @@ impl Worker {
                 self.on_completion(completion)?;
             }
             self.feed_starved();
+            self.release_framing();
             self.pump_dirty();
             self.read_tun();
         }

@@ -10,7 +10,7 @@ use crate::proto::packet;
 use crate::tls::record::{
     ContentType, RECORD_HEADER_BYTES, RECORD_PLAINTEXT_BYTES_MAX, Signal, record_bytes,
 };
-use crate::uring::buffer::{Buffer, Class, PACKET_SLOT_BYTES, Piece, SMALL_SLOT_BYTES};
+use crate::uring::buffer::{Buffer, Class, PACKET_SLOT_BYTES, Piece};
 use crate::uring::ring::{Completion, WhenDry};
 use crate::uring::token::{Operation, Token};
 use nix::errno::Errno;
@@ -464,7 +464,7 @@ impl Worker {
         }
     }
 
-    /// A packet of context 0 gets an empty header in front, in a buffer of its own.
+    /// A packet of context 0 gets an empty header in front.
     fn plain_packet(&mut self, connection: &Connection, packet: &[u8]) -> Option<Piece> {
         if packet::parse(packet).is_err() {
             self.counters.dropped_invalid.add(1);
@@ -477,22 +477,31 @@ impl Worker {
         self.framed(VirtioNetHdr::PLAIN, packet)
     }
 
+    /// Header and packet behind one another, in memory that all such packets of a turn share.
     fn framed(&mut self, header: VirtioNetHdr, packet: &[u8]) -> Option<Piece> {
         let bytes = VIRTIO_NET_HDR_BYTES + packet.len();
-        let class = if bytes <= SMALL_SLOT_BYTES {
-            Class::Small
-        } else {
-            Class::Packet
-        };
-        let Some(mut buffer) = self.pool.take(class) else {
+        if matches!(&self.framing, Some(buffer) if buffer.room() < bytes) {
+            self.release_framing();
+        }
+        let Some(mut buffer) = self
+            .framing
+            .take()
+            .or_else(|| self.pool.take(Class::Packet))
+        else {
             self.counters.dropped_tun_refused.add(1);
             return None;
         };
         buffer.append(&header.to_bytes());
         buffer.append(packet);
         let piece = self.pool.freeze(&mut buffer, bytes, 0..bytes);
-        self.pool.release(buffer);
+        self.framing = Some(buffer);
         Some(piece)
+    }
+
+    pub(super) fn release_framing(&mut self) {
+        if let Some(buffer) = self.framing.take() {
+            self.pool.release(buffer);
+        }
     }
 
     /// Step 4: writes the packet to the TUN queue. A full queue drops it: a write that waited would be overtaken.
