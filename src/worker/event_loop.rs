@@ -267,11 +267,13 @@ impl Worker {
 
     /// Whether memory of a class is so short that whoever may have to wait gives it back.
     pub(super) fn is_short_of(&self, class: Class) -> bool {
+        let slots = self.pool.slots(class);
         let left = match class {
-            Class::Packet => PACKETS_LEFT_MIN,
-            Class::Chunk | Class::Small => 0,
+            Class::Chunk => slots / 3,
+            Class::Packet => (slots / 4).max(PACKETS_LEFT_MIN),
+            Class::Small => slots / 4,
         };
-        self.pool.free(class) < (self.pool.slots(class) / 4).max(left)
+        self.pool.free(class) < left
     }
 
     pub(super) fn tell_control(&self, event: Event) {

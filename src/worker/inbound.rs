@@ -239,7 +239,7 @@ impl Worker {
         // Part of a record would have to be copied to and fro: it stays as long as others find any chunk at all.
         let free = self.pool.free(Class::Chunk);
         let short = match chunk.filled() {
-            0 => free < self.pool.slots(Class::Chunk) / 3,
+            0 => self.is_short_of(Class::Chunk),
             _ => free == 0,
         };
         if next == Next::Park || next == Next::ReadOrPark && short {

@@ -56,7 +56,7 @@ impl Worker {
         let batch = self
             .tun
             .batch
-            .min(free.saturating_sub(INBOUND_RESERVE_SLOTS));
+            .min(free.saturating_sub(INBOUND_RESERVE_SLOTS).max(1));
         self.tun.yielded = 0;
         let when_dry = self.tun.when_dry();
         for _ in 0..batch {
@@ -152,7 +152,12 @@ impl Worker {
         } else {
             Class::Packet
         };
-        let Some(mut buffer) = self.pool.take(class) else {
+        let buffer = if self.is_short_of(class) {
+            None
+        } else {
+            self.pool.take(class)
+        };
+        let Some(mut buffer) = buffer else {
             self.counters.dropped_queue_full.add(1);
             return;
         };
@@ -171,7 +176,12 @@ impl Worker {
         let Some(mut connection) = self.take_out(slot) else {
             return;
         };
-        if let Some(buffer) = self.shrink_if_waiting(&connection, buffer) {
+        let admitted = if connection.is_backed_up() {
+            self.keep_waiting(buffer)
+        } else {
+            Some(buffer)
+        };
+        if let Some(buffer) = admitted {
             let bytes = buffer.filled() - HEADROOM_BYTES;
             let outgoing = Outgoing {
                 buffer,
@@ -187,24 +197,33 @@ impl Worker {
         self.mark_dirty(slot);
     }
 
-    /// A small packet that has to wait moves to a small slot; a large one may wait only while large slots are left.
-    fn shrink_if_waiting(&mut self, connection: &Connection, buffer: Buffer) -> Option<Buffer> {
-        if !connection.is_backed_up() || buffer.capacity() == SMALL_SLOT_BYTES {
-            return Some(buffer);
-        }
-        if buffer.filled() <= SMALL_SLOT_BYTES
-            && let Some(mut small) = self.pool.take(Class::Small)
-        {
-            small.append(buffer.bytes());
-            self.pool.release(buffer);
-            return Some(small);
-        }
-        if self.pool.free(Class::Packet) < self.pool.slots(Class::Packet) / 4 {
+    /// A packet that has to wait for the socket moves to a small slot if it fits, and is dropped if too few slots would
+    /// be left to others.
+    fn keep_waiting(&mut self, buffer: Buffer) -> Option<Buffer> {
+        let buffer = self.shrink(buffer);
+        let class = if buffer.capacity() == SMALL_SLOT_BYTES {
+            Class::Small
+        } else {
+            Class::Packet
+        };
+        if self.is_short_of(class) {
             self.counters.dropped_queue_full.add(1);
             self.pool.release(buffer);
             return None;
         }
         Some(buffer)
+    }
+
+    fn shrink(&mut self, buffer: Buffer) -> Buffer {
+        if buffer.filled() > SMALL_SLOT_BYTES || buffer.capacity() == SMALL_SLOT_BYTES {
+            return buffer;
+        }
+        let Some(mut small) = self.pool.take(Class::Small) else {
+            return buffer;
+        };
+        small.append(buffer.bytes());
+        self.pool.release(buffer);
+        small
     }
 
     /// Steps 4 and 5 for every connection that has something to say.
@@ -315,8 +334,14 @@ impl Worker {
             if !self.has_room(connection, need) {
                 result = result.and(self.flush_staging(connection));
                 if !self.make_room(connection, need) {
-                    connection.next = Some(outgoing);
-                    break;
+                    let Outgoing { buffer, start } = outgoing;
+                    connection.next = self
+                        .keep_waiting(buffer)
+                        .map(|buffer| Outgoing { buffer, start });
+                    if connection.next.is_some() {
+                        break;
+                    }
+                    continue;
                 }
             }
             let Some(chunk) = &mut connection.fill else {
