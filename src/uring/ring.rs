@@ -183,6 +183,12 @@ impl Ring {
         self.push(entry, token);
     }
 
+    /// Arms one poll for output.
+    pub fn poll_output(&mut self, file: FileSlot, token: Token) {
+        let entry = opcode::PollAdd::new(types::Fixed(file.0), libc::POLLOUT as u32).build();
+        self.push(entry, token);
+    }
+
     /// Reads into `range` of the buffer, which must lie behind its frozen part.
     pub fn read(
         &mut self,

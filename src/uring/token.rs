@@ -16,7 +16,9 @@ pub enum Operation {
     ConnectionRead,
     /// Ciphertext to a connection.
     ConnectionWrite,
-    /// Cancels a connection's parked read or poll.
+    /// Room for ciphertext in a connection that had stalled.
+    ConnectionWritable,
+    /// Cancels a connection's parked read or stuck write.
     Cancel,
     /// The worker's own bell has rung: commands or handed-over packets wait.
     Wake,
@@ -29,13 +31,14 @@ pub enum Operation {
 }
 
 impl Operation {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::TunPoll,
         Self::TunRead,
         Self::TunWrite,
         Self::ConnectionPoll,
         Self::ConnectionRead,
         Self::ConnectionWrite,
+        Self::ConnectionWritable,
         Self::Cancel,
         Self::Wake,
         Self::Silence,

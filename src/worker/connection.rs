@@ -25,7 +25,7 @@ pub const UNRESPONSIVE_AFTER: Duration = Duration::from_secs(3);
 pub const DEAD_AFTER: Duration = Duration::from_secs(60);
 /// A connection that was asked to close has this long to flush.
 pub const FLUSH_WITHIN: Duration = Duration::from_millis(500);
-/// A connection without traffic for this long gives its buffers back.
+/// A connection without traffic for this long gives its buffers back; one that is stuck does while memory is short.
 pub const PARK_AFTER: Duration = Duration::from_secs(1);
 
 /// Inner source addresses that a peer may use.
@@ -82,6 +82,10 @@ pub(super) struct Sending {
     pub(super) sent: usize,
     /// Bytes in the chunk.
     pub(super) total: usize,
+    /// When the socket last took something.
+    pub(super) since: Instant,
+    /// A cancellation is under way.
+    pub(super) recalled: bool,
 }
 
 /// How far the end has come.
@@ -202,6 +206,10 @@ pub(super) struct Connection {
     /// Sealed records that wait for the socket.
     pub(super) fill: Option<Buffer>,
     pub(super) sending: Option<Sending>,
+    /// Sealed records kept outside the pool, for the socket took nothing. They go before all else.
+    pub(super) recalled: Vec<u8>,
+    /// Armed for the socket to take something again.
+    pub(super) awaits_room: bool,
     /// In the worker's list of connections to be pumped.
     pub(super) dirty: bool,
 }

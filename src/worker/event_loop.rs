@@ -202,6 +202,7 @@ impl Worker {
             Operation::ConnectionPoll
             | Operation::ConnectionRead
             | Operation::ConnectionWrite
+            | Operation::ConnectionWritable
             | Operation::Cancel => self.on_connection_completion(completion),
         }
         Ok(())
@@ -224,6 +225,7 @@ impl Worker {
             Operation::ConnectionPoll => self.on_readable(slot),
             Operation::ConnectionRead => self.on_received(slot, completion),
             Operation::ConnectionWrite => self.on_sent(slot, completion),
+            Operation::ConnectionWritable => self.on_writable(slot),
             _ => {
                 if let Some(connection) = self.connection(slot) {
                     connection.parking = false;
@@ -352,6 +354,8 @@ impl Worker {
             capsules: Vec::new(),
             fill: None,
             sending: None,
+            recalled: Vec::new(),
+            awaits_room: false,
             dirty: false,
         };
         if self.connections.len() <= slot {
@@ -479,6 +483,7 @@ impl Worker {
             self.ring
                 .cancel(token(Operation::ConnectionRead), token(Operation::Cancel));
         }
+        self.recall_if_stuck(slot);
         let Some(connection) = self.connection(slot) else {
             return;
         };

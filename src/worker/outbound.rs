@@ -1,7 +1,7 @@
 //! TUN to TCP, in the order that a packet takes.
 
-use super::connection::{Connection, Life, Outgoing, Sending};
-use super::event_loop::{TUN, Worker, is_hang_up};
+use super::connection::{Connection, Life, Outgoing, PARK_AFTER, Sending};
+use super::event_loop::{PACKETS_LEFT_MIN, TUN, Worker, is_hang_up};
 use super::handover::{Handover, Posted};
 use super::{CloseCause, WorkerError};
 use crate::proto::capsule::{DATAGRAM_HEADER_BYTES_MAX, datagram_header};
@@ -177,7 +177,7 @@ impl Worker {
             return;
         };
         let admitted = if connection.is_backed_up() {
-            self.keep_waiting(buffer)
+            self.keep_waiting(buffer, false)
         } else {
             Some(buffer)
         };
@@ -198,15 +198,16 @@ impl Worker {
     }
 
     /// A packet that has to wait for the socket moves to a small slot if it fits, and is dropped if too few slots would
-    /// be left to others.
-    fn keep_waiting(&mut self, buffer: Buffer) -> Option<Buffer> {
+    /// be left to others. One that waits `alone` on its connection may use what is left for those.
+    fn keep_waiting(&mut self, buffer: Buffer, alone: bool) -> Option<Buffer> {
         let buffer = self.shrink(buffer);
-        let class = if buffer.capacity() == SMALL_SLOT_BYTES {
-            Class::Small
-        } else {
-            Class::Packet
+        let too_many = match (buffer.capacity() == SMALL_SLOT_BYTES, alone) {
+            (true, true) => false,
+            (true, false) => self.is_short_of(Class::Small),
+            (false, true) => self.pool.free(Class::Packet) < PACKETS_LEFT_MIN,
+            (false, false) => self.is_short_of(Class::Packet),
         };
-        if self.is_short_of(class) {
+        if too_many {
             self.counters.dropped_queue_full.add(1);
             self.pool.release(buffer);
             return None;
@@ -250,7 +251,8 @@ impl Worker {
                 said_goodbye: true,
                 ..
             }
-        ) && connection.sending.is_none();
+        ) && connection.sending.is_none()
+            && connection.recalled.is_empty();
         self.put_back(slot, connection);
         if let Err(error) = sealed {
             self.close(slot, CloseCause::Failed(io::Error::other(error)), None);
@@ -336,7 +338,7 @@ impl Worker {
                 if !self.make_room(connection, need) {
                     let Outgoing { buffer, start } = outgoing;
                     connection.next = self
-                        .keep_waiting(buffer)
+                        .keep_waiting(buffer, connection.queue.is_empty())
                         .map(|buffer| Outgoing { buffer, start });
                     if connection.next.is_some() {
                         break;
@@ -396,19 +398,39 @@ impl Worker {
             return true;
         }
         self.send(connection);
-        if connection.fill.is_some() {
-            return false; // The socket is busy; its completion pumps again.
+        let busy = connection.fill.is_some()
+            || !connection.recalled.is_empty()
+            || connection.sending.is_some() && self.is_short_of(Class::Chunk);
+        if busy {
+            return false; // The socket's completion pumps again.
         }
-        connection.fill = self.pool.take(Class::Chunk);
-        if connection.fill.is_none() {
+        connection.fill = self.chunk_to_send(connection);
+        self.has_room(connection, bytes)
+    }
+
+    /// A chunk, but never the last one, which is for those who receive.
+    fn chunk_to_send(&mut self, connection: &Connection) -> Option<Buffer> {
+        let chunk = if self.pool.free(Class::Chunk) > 1 {
+            self.pool.take(Class::Chunk)
+        } else {
+            None
+        };
+        if chunk.is_none() {
             self.starved.push(connection.reference.slot as usize);
         }
-        self.has_room(connection, bytes)
+        chunk
     }
 
     /// Step 5: writes the chunk, unless one is still being written.
     fn send(&mut self, connection: &mut Connection) {
-        if connection.sending.is_some() || matches!(connection.life, Life::Draining { .. }) {
+        if connection.sending.is_some()
+            || connection.awaits_room
+            || matches!(connection.life, Life::Draining { .. })
+        {
+            return;
+        }
+        if !connection.recalled.is_empty() {
+            self.send_recalled(connection);
             return;
         }
         if let Some(chunk) = connection.fill.take_if(|chunk| chunk.filled() > 0) {
@@ -432,7 +454,74 @@ impl Worker {
         );
         connection.in_flight += 1;
         let chunk = self.ring.write(connection.file, chunk, sent..total, token);
-        connection.sending = Some(Sending { chunk, sent, total });
+        connection.sending = Some(Sending {
+            chunk,
+            sent,
+            total,
+            since: self.now,
+            recalled: false,
+        });
+    }
+
+    /// While chunks are short, one that the socket takes nothing of is recalled, so that it keeps nobody waiting.
+    pub(super) fn recall_if_stuck(&mut self, slot: usize) {
+        if !self.is_short_of(Class::Chunk) {
+            return;
+        }
+        let now = self.now;
+        let Some(connection) = self.connection(slot) else {
+            return;
+        };
+        let Some(sending) = &mut connection.sending else {
+            return;
+        };
+        if sending.recalled || now.since(sending.since) < PARK_AFTER {
+            return;
+        }
+        sending.recalled = true;
+        connection.in_flight += 1;
+        let generation = connection.reference.generation;
+        let token = |operation| Token::new(operation, slot as u32, generation);
+        self.ring
+            .cancel(token(Operation::ConnectionWrite), token(Operation::Cancel));
+    }
+
+    /// The socket gave the chunk back from `sent` on: what is sealed is kept outside the pool until there is room.
+    fn keep_recalled(&mut self, connection: &mut Connection, chunk: Buffer, sent: usize) {
+        connection
+            .recalled
+            .extend_from_slice(&chunk.bytes()[sent..]);
+        self.pool.release(chunk);
+        if let Some(chunk) = connection.fill.take() {
+            connection.recalled.extend_from_slice(chunk.bytes());
+            self.pool.release(chunk);
+        }
+        let reference = connection.reference;
+        let token = Token::new(
+            Operation::ConnectionWritable,
+            reference.slot,
+            reference.generation,
+        );
+        self.ring.poll_output(connection.file, token);
+        connection.in_flight += 1;
+        connection.awaits_room = true;
+    }
+
+    pub(super) fn on_writable(&mut self, slot: usize) {
+        if let Some(connection) = self.connection(slot) {
+            connection.awaits_room = false;
+            self.mark_dirty(slot);
+        }
+    }
+
+    fn send_recalled(&mut self, connection: &mut Connection) {
+        let Some(mut chunk) = self.chunk_to_send(connection) else {
+            return;
+        };
+        let bytes = connection.recalled.len().min(chunk.capacity());
+        chunk.append(&connection.recalled[..bytes]);
+        connection.recalled = connection.recalled.split_off(bytes);
+        self.write_chunk(connection, chunk, 0, bytes);
     }
 
     pub(super) fn on_sent(&mut self, slot: usize, completion: Completion) {
@@ -440,10 +529,13 @@ impl Worker {
         let Some(mut connection) = self.take_out(slot) else {
             return;
         };
-        let Some(Sending { chunk, sent, total }) = connection.sending.take() else {
+        let Some(sending) = connection.sending.take() else {
             self.put_back(slot, connection);
             return;
         };
+        let Sending {
+            chunk, sent, total, ..
+        } = sending;
         let chunk = chunk.land(&completion);
         let draining = matches!(connection.life, Life::Draining { .. });
         let mut failed = None;
@@ -455,6 +547,7 @@ impl Worker {
             Err(Errno::EINTR | Errno::EAGAIN) if !draining => {
                 self.write_chunk(&mut connection, chunk, sent, total);
             }
+            Err(Errno::ECANCELED) if !draining => self.keep_recalled(&mut connection, chunk, sent),
             Ok(_) => {
                 connection.clock.on_sent(now);
                 self.pool.release(chunk);
