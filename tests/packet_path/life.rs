@@ -1,0 +1,225 @@
+//! How connections end, and what they live through.
+
+use super::end::{End, Joined, PATIENCE, Terms, connect, join, pair};
+use super::packets::*;
+use super::peer::{Peer, Received, offloaded, plain};
+use ringtun::proto::capsule::{AssignedAddress, Capsule, CloseReason};
+use ringtun::proto::offload::VirtioNetHdr;
+use ringtun::proto::route_table::ConnectionRef;
+use ringtun::worker::{CloseCause, Event};
+use rstest::rstest;
+use socket2::SockRef;
+use std::io::Write;
+use std::time::Duration;
+
+/// One numbered packet each way.
+fn assert_works(client: &End, server: &End, number: u32) {
+    client.send(0, VirtioNetHdr::PLAIN, &numbered(5000, number));
+    assert_eq!(number_of(&server.receive(0).1), number);
+    server.send(0, VirtioNetHdr::PLAIN, &numbered_reply(5000, number));
+    assert_eq!(number_of(&client.receive(0).1), number);
+}
+
+/// One packet each way, between a peer and a server.
+fn assert_peer_works(peer: &mut Peer, server: &End, number: u32) {
+    peer.write_packet(&numbered(5000, number));
+    assert_eq!(number_of(&server.receive(0).1), number);
+    let reply = numbered_reply(5000, number);
+    server.send(0, VirtioNetHdr::PLAIN, &reply);
+    assert_eq!(peer.packet(), reply);
+}
+
+/// A server with one peer, to which it routes.
+fn server_and_peer() -> (End, Peer, ConnectionRef) {
+    let mut server = End::new();
+    let (peer, connection) = Peer::join(&mut server, &Terms::default());
+    server.route_lease(&[connection]);
+    (server, peer, connection)
+}
+
+fn assert_told(event: &Event, connection: ConnectionRef, expected: &Capsule) {
+    match event {
+        Event::Capsule {
+            connection: told,
+            capsule,
+        } if *told == connection && capsule == expected => {}
+        event => panic!("{event:?}"),
+    }
+}
+
+#[test]
+fn a_closed_connection_tells_the_peer_why() {
+    let (mut client, mut server, joined) = pair(&Terms::default());
+    let (ours, theirs) = (joined.on_server[0], joined.on_client[0]);
+    server.workers().close(ours, Some(CloseReason::Superseded));
+    let reason = Capsule::Close(CloseReason::Superseded);
+    assert_told(&client.event(), theirs, &reason);
+    assert!(matches!(client.closed(theirs), CloseCause::PeerClosed));
+    assert!(matches!(server.closed(ours), CloseCause::Asked));
+}
+
+#[test]
+fn a_connection_closed_without_a_reason_ends_with_close_notify() {
+    let (mut server, mut peer, connection) = server_and_peer();
+    server.workers().close(connection, None);
+    assert_eq!(peer.receive(), Received::CloseNotify);
+    assert_eq!(peer.receive(), Received::End);
+    assert!(matches!(server.closed(connection), CloseCause::Asked));
+}
+
+#[test]
+fn capsules_reach_control_and_the_peer() {
+    let (mut server, mut peer, connection) = server_and_peer();
+    let request = Capsule::AddressRequest(vec![AssignedAddress::unspecified_v4(1)]);
+    peer.write_capsule(&request);
+    assert_told(&server.event(), connection, &request);
+    let answer = Capsule::AddressAssign(vec![AssignedAddress::host(1, CLIENT.into())]);
+    let mut bytes = Vec::new();
+    answer.encode(&mut bytes);
+    server.workers().send(connection, bytes);
+    assert_eq!(peer.receive(), Received::Capsule(answer));
+}
+
+#[test]
+fn a_place_is_used_again_by_a_new_generation() {
+    let (mut client, mut server, joined) = pair(&Terms::default());
+    let (mut on_client, mut on_server) = (joined.on_client[0], joined.on_server[0]);
+    for number in 0..20 {
+        assert_works(&client, &server, number);
+        client.workers().close(on_client, None);
+        client.closed(on_client);
+        server.closed(on_server);
+        client.workers_mut().release(on_client);
+        server.workers_mut().release(on_server);
+        let Joined {
+            on_client: ours,
+            on_server: theirs,
+        } = join(&mut client, &mut server, &Terms::default());
+        assert_eq!(ours[0].slot, on_client.slot);
+        assert_ne!(ours[0].generation, on_client.generation);
+        // What is meant for the connection that is gone does not hit its successor.
+        client.workers().close(on_client, None);
+        (on_client, on_server) = (ours[0], theirs[0]);
+    }
+    assert_works(&client, &server, 20);
+}
+
+#[test]
+fn what_came_with_the_handshake_is_not_lost() {
+    let mut server = End::new();
+    let terms = Terms::default();
+    let (ours, mut theirs) = connect();
+    let mut peer = Peer::new(ours);
+    let packets: Vec<_> = (0..4).map(|number| numbered(5000, number)).collect();
+    // One packet and a half were decrypted already, and the rest of the second is in a record that is half there.
+    let second = offloaded(VirtioNetHdr::PLAIN, &packets[1]);
+    let (front, back) = second.split_at(second.len() / 2);
+    let record = peer.seal(&[back, &plain(&packets[2])].concat());
+    let (record_front, record_back) = record.split_at(record.len() / 2);
+    theirs.established.plaintext = [&plain(&packets[0]), front].concat();
+    theirs.established.ciphertext = record_front.to_vec();
+    let connection = server.add(theirs, terms.client_sources(), &terms);
+    server.route_lease(&[connection]);
+    assert_eq!(server.receive(0).1, packets[0]);
+    peer.socket.write_all(record_back).unwrap();
+    peer.write_packet(&packets[3]);
+    for packet in &packets[1..] {
+        assert_eq!(server.receive(0).1, *packet);
+    }
+}
+
+#[rstest]
+fn a_vanished_peer_is_noticed(#[values(false, true)] reset: bool) {
+    let (mut server, peer, connection) = server_and_peer();
+    if reset {
+        SockRef::from(&peer.socket)
+            .set_linger(Some(Duration::ZERO))
+            .unwrap();
+    }
+    drop(peer);
+    assert!(matches!(server.closed(connection), CloseCause::PeerClosed));
+}
+
+#[test]
+fn close_notify_is_answered() {
+    let (mut server, mut peer, connection) = server_and_peer();
+    peer.close_notify();
+    assert_eq!(peer.receive(), Received::CloseNotify);
+    assert_eq!(peer.receive(), Received::End);
+    assert!(matches!(server.closed(connection), CloseCause::PeerClosed));
+}
+
+#[test]
+fn a_ping_is_answered_by_its_pong() {
+    let (_server, mut peer, _) = server_and_peer();
+    for number in 0..3_u64 {
+        peer.write_capsule(&Capsule::Ping(number.to_be_bytes()));
+        let pong = Capsule::Pong(number.to_be_bytes());
+        assert_eq!(peer.receive(), Received::Capsule(pong));
+    }
+}
+
+#[test]
+fn unanswered_traffic_is_asked_about() {
+    let (server, mut peer, _) = server_and_peer();
+    server.send(0, VirtioNetHdr::PLAIN, &numbered_reply(5000, 1));
+    assert!(matches!(peer.receive(), Received::Offloaded(..)));
+    match peer.receive() {
+        Received::Capsule(Capsule::Ping(payload)) => peer.write_capsule(&Capsule::Pong(payload)),
+        other => panic!("{other:?}"),
+    }
+    assert_peer_works(&mut peer, &server, 2);
+}
+
+#[test]
+fn silence_after_a_ping_is_reported_to_control() {
+    let (mut server, peer, connection) = server_and_peer();
+    server.send(0, VirtioNetHdr::PLAIN, &numbered_reply(5000, 1));
+    match server.event() {
+        Event::Unresponsive { connection: silent } => assert_eq!(silent, connection),
+        event => panic!("{event:?}"),
+    }
+    drop(peer);
+}
+
+#[test]
+fn traffic_goes_on_through_key_updates() {
+    let (server, mut peer, _) = server_and_peer();
+    for number in 0..5 {
+        peer.request_key_update();
+        assert_peer_works(&mut peer, &server, number);
+        assert_eq!(peer.key_updates, number + 1, "every request is answered");
+    }
+    // Several at once need not be answered one by one.
+    for _ in 0..5 {
+        peer.request_key_update();
+    }
+    for number in 5..10 {
+        assert_peer_works(&mut peer, &server, number);
+    }
+    assert!((6..=10).contains(&peer.key_updates));
+    assert_eq!(server.dropped(), 0);
+}
+
+#[test]
+fn stopping_tells_every_peer_why() {
+    let (mut server, mut peer, connection) = server_and_peer();
+    let (mut other, other_connection) = Peer::join(&mut server, &Terms::default());
+    let workers = server.take_workers();
+    let (done, stopped) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        workers.stop(Some(CloseReason::Shutdown));
+        done.send(()).unwrap();
+    });
+    stopped.recv_timeout(PATIENCE).expect("workers that stop");
+    thread.join().unwrap();
+    for peer in [&mut peer, &mut other] {
+        let reason = Capsule::Close(CloseReason::Shutdown);
+        assert_eq!(peer.receive(), Received::Capsule(reason));
+        assert_eq!(peer.receive(), Received::CloseNotify);
+        assert_eq!(peer.receive(), Received::End);
+    }
+    for connection in [connection, other_connection] {
+        assert!(matches!(server.closed(connection), CloseCause::Asked));
+    }
+}

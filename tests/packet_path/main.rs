@@ -1,0 +1,12 @@
+//! The packet path as a whole: the workers of a client and of a server on real rings, joined by real TCP and real TLS.
+//!
+//! Only the TUN queues are stand-ins: a Unix datagram socket keeps the boundaries of packets just so. Nothing here
+//! needs a privilege.
+
+mod delivery;
+mod end;
+mod hostile;
+mod life;
+mod memory;
+mod packets;
+mod peer;
