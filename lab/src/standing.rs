@@ -7,12 +7,12 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, getuid};
+use nix::unistd::{AccessFlags, Pid, access, getuid};
 use serde::{Deserialize, Serialize};
 
 use crate::host::Host;
@@ -83,13 +83,18 @@ impl Standing {
             source,
         };
         loop {
+            make_directory(&path).map_err(at)?;
             let open = OpenOptions::new()
                 .read(true)
                 .write(true)
                 .create(true)
                 .truncate(false)
                 .open(&path);
-            let file = open.map_err(at)?;
+            let file = match open {
+                // The last lab but this one has just ended and taken the directory with it.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                opened => opened.map_err(at)?,
+            };
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Err(StandingError::Up(name.to_owned())),
@@ -131,9 +136,7 @@ impl Standing {
 impl Drop for Standing {
     fn drop(&mut self) {
         // While it is still locked: nobody else's record can be in its place.
-        let _ = fs::remove_file(&self.path);
-        // Succeeds when this was the last lab.
-        let _ = self.path.parent().map(fs::remove_dir);
+        forget(&self.path);
     }
 }
 
@@ -189,9 +192,14 @@ fn read(name: &str) -> Result<(File, Record), StandingError> {
         }
         Err(source) => return Err(StandingError::File { path, source }),
     };
+    let owner = file.metadata().map(|metadata| metadata.uid());
+    if !owner.is_ok_and(|owner| owner == getuid().as_raw()) {
+        let source = io::ErrorKind::PermissionDenied.into();
+        return Err(StandingError::File { path, source });
+    }
     if file.try_lock().is_ok() {
         // Its holder was killed.
-        let _ = fs::remove_file(&path);
+        forget(&path);
         return Err(StandingError::NotUp(name.to_owned()));
     }
     let mut text = String::new();
@@ -202,32 +210,44 @@ fn read(name: &str) -> Result<(File, Record), StandingError> {
     Ok((file, record))
 }
 
+/// Removes a record, and the directory with the last one.
+fn forget(record: &Path) {
+    let _ = fs::remove_file(record);
+    let _ = record.parent().map(fs::remove_dir);
+}
+
 fn record_path(name: &str) -> Result<PathBuf, StandingError> {
     let is_plain = |letter: char| letter.is_ascii_alphanumeric() || letter == '-' || letter == '_';
     if name.is_empty() || !name.chars().all(is_plain) {
         return Err(StandingError::Name);
     }
-    let directory = match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(directory) if !getuid().is_root() => PathBuf::from(directory).join("ringtun-lab"),
-        _ if getuid().is_root() => PathBuf::from("/run/ringtun-lab"),
+    Ok(directory().join(format!("{name}.json")))
+}
+
+/// Where the records of the caller's labs are.
+fn directory() -> PathBuf {
+    let private = Path::new("/run");
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        // Not so for who is root of a user namespace only.
+        _ if access(private, AccessFlags::W_OK).is_ok() => private.join("ringtun-lab"),
+        Some(runtime) if !runtime.is_empty() => Path::new(&runtime).join("ringtun-lab"),
         _ => PathBuf::from(format!("/tmp/ringtun-lab-{}", getuid())),
+    }
+}
+
+/// Makes the directory of a record, unless it is there and the caller's: in /tmp anybody could have made it.
+fn make_directory(record: &Path) -> io::Result<()> {
+    let Some(directory) = record.parent() else {
+        return Ok(());
     };
-    let made = match fs::DirBuilder::new().mode(0o700).create(&directory) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        // In /tmp anybody could have made it.
-        _ => fs::metadata(&directory).and_then(|metadata| {
-            match metadata.uid() == getuid().as_raw() {
+    match fs::DirBuilder::new().mode(0o700).create(directory) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            match fs::symlink_metadata(directory)?.uid() == getuid().as_raw() {
                 true => Ok(()),
                 false => Err(io::ErrorKind::PermissionDenied.into()),
             }
-        }),
-    };
-    match made {
-        Ok(()) => Ok(directory.join(format!("{name}.json"))),
-        Err(source) => Err(StandingError::File {
-            path: directory,
-            source,
-        }),
+        }
+        made => made,
     }
 }
 

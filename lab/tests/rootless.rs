@@ -15,8 +15,9 @@ fn an_ordinary_user_has_a_lab() {
     let directory = tempfile::tempdir_in("/tmp").expect("a directory");
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))
         .expect("a directory of ours");
-    if geteuid().is_root() {
-        chown(directory.path(), Some(NOBODY), Some(NOBODY)).expect("a directory of ours");
+    if geteuid().is_root() && chown(directory.path(), Some(NOBODY), Some(NOBODY)).is_err() {
+        eprintln!("SKIPPED: in a user namespace without other users, where all tests are rootless");
+        return;
     }
     // Where the build is, nobody else may look.
     let lab = directory.path().join("lab");

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{self, Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -45,8 +45,9 @@ fn a_dropped_lab_leaves_no_process() {
 
 #[test]
 fn a_killed_holder_leaves_no_process_and_its_name_is_free() {
-    let mut holder = hold("killed");
-    let mut command = lab(&["exec", "--name", "killed", "client", "--", "sh", "-c"]);
+    let name = format!("killed-{}", process::id());
+    let mut holder = hold(&name);
+    let mut command = lab(&["exec", "--name", &name, "client", "--", "sh", "-c"]);
     let mut inside = command
         .arg("readlink /proc/self/ns/net; exec sleep 1000")
         .stdout(Stdio::piped())
@@ -77,31 +78,30 @@ fn a_killed_holder_leaves_no_process_and_its_name_is_free() {
         thread::yield_now();
     }
 
-    let status = lab(&["exec", "--name", "killed", "client", "--", "true"])
+    let status = lab(&["exec", "--name", &name, "client", "--", "true"])
         .status()
         .expect("lab exec");
     assert_eq!(status.code(), Some(1), "the lab is known to be gone");
-    let up = lab(&["up", "--name", "killed"]).status().expect("lab up");
+    let up = lab(&["up", "--name", &name]).status().expect("lab up");
     assert!(up.success(), "the name is free");
-    let down = lab(&["down", "--name", "killed"])
-        .status()
-        .expect("lab down");
+    let down = lab(&["down", "--name", &name]).status().expect("lab down");
     assert!(down.success());
 }
 
 #[test]
 fn a_lab_stays_up_until_down() {
+    let name = format!("standing-{}", process::id());
     let lines = |command: &mut Command| {
         String::from_utf8(command.output().expect("lab").stdout).expect("text")
     };
     assert!(
-        lab(&["up", "--name", "standing"])
+        lab(&["up", "--name", &name])
             .status()
             .expect("lab up")
             .success()
     );
     assert_eq!(
-        lab(&["up", "--name", "standing"])
+        lab(&["up", "--name", &name])
             .status()
             .expect("lab up")
             .code(),
@@ -109,26 +109,24 @@ fn a_lab_stays_up_until_down() {
         "it is up already"
     );
     let address = lines(&mut lab(&[
-        "exec", "--name", "standing", "server", "--", "hostname", "-I",
+        "exec", "--name", &name, "server", "--", "hostname", "-I",
     ]));
     assert!(
         address.contains("198.51.100.10") && address.contains("2001:db8:51::10"),
         "{address}"
     );
-    let code = lab(&[
-        "exec", "--name", "standing", "web", "--", "sh", "-c", "exit 7",
-    ])
-    .status()
-    .expect("lab exec");
+    let code = lab(&["exec", "--name", &name, "web", "--", "sh", "-c", "exit 7"])
+        .status()
+        .expect("lab exec");
     assert_eq!(code.code(), Some(7), "the command's own exit code");
     assert!(
-        lab(&["down", "--name", "standing"])
+        lab(&["down", "--name", &name])
             .status()
             .expect("lab down")
             .success()
     );
     assert_eq!(
-        lab(&["down", "--name", "standing"])
+        lab(&["down", "--name", &name])
             .status()
             .expect("lab down")
             .code(),
