@@ -147,7 +147,8 @@ fn learn_ipv6() {
 }
 
 fn begin() -> (Changes, Tun, Tunnel) {
-    let mut changes = Changes::start(Record::claim(INTERFACE).expect("claimed")).expect("started");
+    let mut changes =
+        Changes::start(Record::claim(INTERFACE).expect("claimed"), None).expect("started");
     changes.interface_is_coming(INTERFACE).expect("recorded");
     let tun = tun::create(INTERFACE, 1500, 2).expect("interface");
     let tunnel = Tunnel {

@@ -41,16 +41,17 @@ pub struct Changes {
 }
 
 impl Changes {
-    /// Starts on a host without changes of ours. What a killed predecessor left is undone first.
+    /// Starts on a host without changes of ours. What a killed predecessor left is undone first, except for the table
+    /// `adopted`, which the caller is going to replace.
     ///
     /// # Errors
     /// [`ApplyError`].
-    pub fn start(mut record: Record) -> Result<Self, ApplyError> {
+    pub fn start(mut record: Record, adopted: Option<&str>) -> Result<Self, ApplyError> {
         let netlink = Netlink::open()?;
         let found_leftovers = !record.is_empty();
         if found_leftovers {
             tracing::info!("undoing what an earlier run has left");
-            record.undo_all(&netlink)?;
+            record.undo_all_but(adopted, &netlink)?;
         }
         Ok(Changes {
             netlink,

@@ -24,7 +24,7 @@ const EXCEPTIONS_MAX: usize = 16;
 /// [`KeeperError`]. The host is as before then, too.
 pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperError> {
     let signals = Signals::block()?;
-    let mut changes = begin(&config.interface)?;
+    let mut changes = begin(&config.interface, None)?;
     let queues = config.worker_count(cores());
     let (tun, tunnel) = make_interface(&mut changes, &config.interface, config.mtu, queues)?;
     let mut role = ClientRole {

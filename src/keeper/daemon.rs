@@ -53,6 +53,14 @@ impl Signals {
             .map_err(|error: nix::Error| KeeperError::Process("watch for signals", error.into()))
     }
 
+    /// Waits, but no longer once another signal comes.
+    pub fn pause(&self, time: Duration) {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        let milliseconds = PollTimeout::try_from(time.as_millis()).unwrap_or(PollTimeout::ZERO);
+        // Interrupted means: hurry.
+        let _ = poll(&mut fds, milliseconds);
+    }
+
     fn take(&self) -> bool {
         matches!(self.0.read_signal(), Ok(Some(_)))
     }

@@ -133,15 +133,15 @@ pub fn down(interface: Option<&str>) -> Result<u8, KeeperError> {
     Ok(0)
 }
 
-/// Claims the interface name and undoes what a killed predecessor left.
-fn begin(interface: &str) -> Result<Changes, KeeperError> {
+/// Claims the interface name and undoes what a killed predecessor left, except for the table `adopted`.
+fn begin(interface: &str, adopted: Option<&str>) -> Result<Changes, KeeperError> {
     match caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN) {
         Ok(true) => {}
         _ => return Err(KeeperError::NotPrivileged),
     }
     let record = Record::claim(interface)?;
     tracing::debug!(namespace = ?netns::current().ok(), interface, "claimed");
-    Ok(Changes::start(record)?)
+    Ok(Changes::start(record, adopted)?)
 }
 
 fn make_interface(

@@ -25,6 +25,12 @@ use crate::tls::certificate::Identity;
 /// How long the listening ports of a daemon that was killed may take to become free.
 const LEFTOVER_PORTS_TIMEOUT: Duration = Duration::from_secs(2);
 const LEFTOVER_PORTS_INTERVAL: Duration = Duration::from_millis(20);
+/// How long the rules outlive the daemon.
+///
+/// Without them the host itself answers what still arrives for the clients' connections, by a reset, and no download
+/// survives a restart of the server. After this much time everything on its way has arrived, the remote hosts' first
+/// retransmission (after 200 ms or a little more) too, and the next is not due before a new server is there.
+const NAT_LINGER: Duration = Duration::from_millis(300);
 
 /// Runs a server until it is asked to stop; then the exit code is 0. `config` has been validated.
 ///
@@ -32,7 +38,9 @@ const LEFTOVER_PORTS_INTERVAL: Duration = Duration::from_millis(20);
 /// [`KeeperError`]. The host is as before then, too.
 pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
     let signals = Signals::block()?;
-    let mut changes = begin(&config.interface)?;
+    // A killed predecessor's rules stay until ours replace them, all at once: see NAT_LINGER.
+    let table = ruleset::table_name(&config.interface);
+    let mut changes = begin(&config.interface, Some(&table))?;
     nft::check_installed()?;
     let state = StateDir::open(&config.state_dir)?;
     let identity = identity(&config, &state)?;
@@ -81,6 +89,9 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
     fds.extend(listeners.duplicates()?);
     let served = Daemon::start(&setup, fds)?.serve(&signals, &mut role);
     drop(listeners);
+    if matches!(served, Ok(()) | Err(KeeperError::DaemonDied(_))) {
+        signals.pause(NAT_LINGER);
+    }
     finish(served, changes)
 }
 

@@ -239,20 +239,33 @@ impl Record {
     /// # Errors
     /// [`UndoError::Incomplete`] with a line for each.
     pub fn undo_all(&mut self, netlink: &Netlink) -> Result<(), UndoError> {
-        let mut failed = Vec::new();
+        self.undo_all_but(None, netlink)
+    }
+
+    /// The same, but the table `kept` stays, and on the record.
+    ///
+    /// # Errors
+    /// [`UndoError::Incomplete`] with a line for each.
+    pub fn undo_all_but(&mut self, kept: Option<&str>, netlink: &Netlink) -> Result<(), UndoError> {
+        let mut left = Vec::new();
         let mut errors = Vec::new();
         while let Some(undo) = self.content.undo.pop() {
-            if let Err(error) = undo.carry_out(netlink) {
+            if matches!(&undo, Undo::DeleteTable(name) if Some(name.as_str()) == kept) {
+                left.push(undo);
+            } else if let Err(error) = undo.carry_out(netlink) {
                 errors.push(error);
-                failed.push(undo);
+                left.push(undo);
             }
         }
-        failed.reverse();
-        self.content.undo = failed;
-        if errors.is_empty() {
+        left.reverse();
+        self.content.undo = left;
+        if self.content.undo.is_empty() {
             return Ok(());
         }
         self.write()?;
+        if errors.is_empty() {
+            return Ok(());
+        }
         Err(UndoError::Incomplete(errors))
     }
 
