@@ -105,7 +105,8 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// An uplink with IPv4 and IPv6, and a second interface. The other ends are in the same namespace and stand for the network.
+/// An uplink with IPv4 and IPv6, and a second interface. The other ends are in the same namespace and stand for the network;
+/// they are not to learn from it.
 fn make_uplinks() {
     run("ip link add eth0 mtu 1400 type veth peer name net0
          ip link add eth1 type veth peer name net1
@@ -113,7 +114,8 @@ fn make_uplinks() {
          ip address add 192.0.2.10/24 dev eth0
          ip route add default via 192.0.2.1 dev eth0
          ip address add 10.1.0.1/24 dev eth1
-         echo 1 > /proc/sys/net/ipv6/conf/eth1/forwarding");
+         echo 1 > /proc/sys/net/ipv6/conf/eth1/forwarding
+         echo 0 > /proc/sys/net/ipv6/conf/net0/accept_ra");
     wait_until("link-local addresses", || {
         !run("ip -6 address").contains("tentative")
     });
