@@ -39,9 +39,10 @@ pub async fn run(
         Ok(house) => Rc::new(house),
         Err(ending) => return ending,
     };
+    let gate = Gate::default();
     for (listener, address) in fds.listeners.into_iter().zip(&setup.listeners) {
         match Listener::new(listener) {
-            Ok(listener) => spawn(accept(Rc::clone(&house), listener)),
+            Ok(listener) => spawn(accept(Rc::clone(&house), gate.clone(), listener)),
             Err(error) => return Ending::failed(format!("cannot accept on {address}: {error}")),
         }
     }
@@ -134,8 +135,7 @@ fn pool(setup: &ServerSetup) -> Result<AddressPool, Ending> {
     Ok(pool)
 }
 
-async fn accept(house: Rc<House>, listener: Listener) {
-    let gate = Gate::default();
+async fn accept(house: Rc<House>, gate: Gate, listener: Listener) {
     loop {
         match listener.accept().await {
             Ok((stream, source)) => match gate.enter(source.ip()) {
