@@ -141,24 +141,19 @@ impl Worker {
         }
     }
 
-    /// Gives a connection's memory back and waits for readiness only.
+    /// Gives a connection's memory back, keeps what is unfinished outside the pool, and waits for readiness only.
     fn park(&mut self, connection: &mut Connection, chunk: Buffer) {
         connection
             .spilled_ciphertext
             .extend_from_slice(chunk.bytes());
         self.pool.release(chunk);
-        self.spill_plaintext(connection);
-        self.poll_connection(connection);
-    }
-
-    /// Keeps an unfinished capsule outside the pool.
-    fn spill_plaintext(&mut self, connection: &mut Connection) {
         if let Some(plaintext) = connection.plaintext.take() {
             connection
                 .spilled_plaintext
                 .extend_from_slice(plaintext.bytes());
             self.pool.release(plaintext);
         }
+        self.poll_connection(connection);
     }
 
     fn poll_connection(&mut self, connection: &mut Connection) {
@@ -232,9 +227,6 @@ impl Worker {
         let finished = |plaintext: &mut Buffer| plaintext.bytes().is_empty();
         if let Some(plaintext) = connection.plaintext.take_if(finished) {
             self.pool.release(plaintext);
-        }
-        if self.is_short_of(Class::Packet) {
-            self.spill_plaintext(connection);
         }
         // Part of a record would have to be copied to and fro: it stays as long as others find any chunk at all.
         let free = self.pool.free(Class::Chunk);
