@@ -181,15 +181,20 @@ impl Netlink {
         Ok(learned.map(|address| address.header.index).collect())
     }
 
-    /// Gives an interface an address; one that it has already is no error.
+    /// Gives an interface an address, which can be used at once; one that it has already is no error.
     ///
     /// # Errors
     /// [`RouteError`].
     pub fn add_address(&self, interface: u32, address: IpNet) -> Result<(), RouteError> {
-        let request = self
-            .handle
-            .address()
-            .add(interface, address.addr(), address.prefix_len());
+        let mut request =
+            self.handle
+                .address()
+                .add(interface, address.addr(), address.prefix_len());
+        if address.addr().is_ipv6() {
+            // Without it an IPv6 address is tentative for a moment even where there is nobody to have the same, and a
+            // connection made in that moment keeps another interface's address as its source.
+            request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        }
         let what = format!("set the address {address} on the tunnel interface");
         self.run_unless(Errno::EEXIST, &what, request.execute())
     }
