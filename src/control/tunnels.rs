@@ -157,6 +157,8 @@ impl Tunnels {
                 return;
             }
         };
+        // All workers know the way back before one of them takes the first packet, or its answer would be lost.
+        self.publish_routes();
         self.workers().add(Handoff {
             connection,
             socket: tunnel.socket,
@@ -168,7 +170,6 @@ impl Tunnels {
             offload: tunnel.offload,
             accepts,
         });
-        self.publish_routes();
         for (connection, reason) in closed {
             self.workers().close(connection, Some(reason));
         }
