@@ -172,6 +172,11 @@ impl Changes {
         }
         match (step, &undo) {
             (Step::Setting { key, value }, _) => sysctl::write(key, value)?,
+            (Step::PreferredSetting { key, value }, _) => {
+                if let Err(error) = sysctl::write(key, value) {
+                    tracing::debug!("{error}");
+                }
+            }
             (Step::KeepSetting { .. }, _) => {}
             (Step::Address(address), _) => self.netlink.add_address(tunnel.index, *address)?,
             (Step::Route(route), _) => self.netlink.add_route(route)?,
@@ -187,13 +192,8 @@ impl Changes {
     /// `None` where there is nothing to take back, because the host is so already.
     fn opposite(&self, tunnel: &Tunnel, step: &Step) -> Result<Option<Undo>, ApplyError> {
         Ok(match step {
-            Step::Setting { key, value } => sysctl::read(key)?
-                .filter(|before| before != value)
-                .map(|before| Undo::RestoreSetting {
-                    key: key.clone(),
-                    before,
-                    ours: Some((*value).into()),
-                }),
+            Step::Setting { key, value } => restored(key, value)?,
+            Step::PreferredSetting { key, value } => restored(key, value)?,
             Step::KeepSetting { key } => sysctl::read(key)?.map(|before| Undo::RestoreSetting {
                 key: key.clone(),
                 before,
@@ -211,6 +211,16 @@ impl Changes {
             }),
         })
     }
+}
+
+/// `None` where a setting has the value already.
+fn restored(key: &str, value: &str) -> Result<Option<Undo>, SysctlError> {
+    let before = sysctl::read(key)?.filter(|before| before != value);
+    Ok(before.map(|before| Undo::RestoreSetting {
+        key: key.into(),
+        before,
+        ours: Some(value.into()),
+    }))
 }
 
 impl Drop for Changes {

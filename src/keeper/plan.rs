@@ -27,6 +27,13 @@ pub enum Step {
         /// Its new value.
         value: &'static str,
     },
+    /// Set a kernel setting where the kernel has it and lets us; it is good to have.
+    PreferredSetting {
+        /// Its path under `/proc/sys`.
+        key: &'static str,
+        /// Its new value.
+        value: &'static str,
+    },
     /// Change nothing now, but remember a setting that a later step will change as a side effect.
     KeepSetting {
         /// Its path under `/proc/sys`.
@@ -188,6 +195,13 @@ pub fn server(host: &Host, tunnel: &Tunnel, network: &ServerNetwork<'_>) -> Vec<
             egress_mtu: egress.iter().map(|interface| interface.mtu).min(),
             listen_ports: network.listen.iter().map(SocketAddr::port).collect(),
         }),
+    });
+
+    // Connection tracking sees nothing while there is no table, as between two runs. What it then takes for out of
+    // window it would not translate, and connections of peers that were under way would hang.
+    steps.push(Step::PreferredSetting {
+        key: "net/netfilter/nf_conntrack_tcp_be_liberal",
+        value: "1",
     });
 
     // Not `net.ipv4.ip_forward`: it rewrites accept_redirects and the forwarding of every interface.

@@ -98,6 +98,8 @@ fn forward_rules(rules: &ServerRules<'_>) -> Vec<String> {
     let mut lines = vec![
         format!(r#"iifname "{tunnel}" oifname "{tunnel}" {among_peers}"#),
         format!(r#"oifname "{tunnel}" ct state != {{ established, related }} drop"#),
+        // What is not tracked is not translated either, and would leave with the peer's inner address.
+        format!(r#"iifname "{tunnel}" ct state invalid drop"#),
         // Where else should it go while the tunnel's interface is not there?
         format!(r#"oifname != "{tunnel}" ip daddr {} drop"#, rules.pool_v4),
         format!(r#"oifname != "{tunnel}" ip6 daddr {} drop"#, rules.pool_v6),
