@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ErrorKind;
 use ringtun::cli::{
     Cli, ClientArgs, Command, InviteArgs, PeersArgs, PeersCommand, ServerArgs, StateArgs,
 };
@@ -67,7 +68,15 @@ impl Failure {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // The help and the version, which go to standard output.
+        Err(message) if !message.use_stderr() => message.exit(),
+        Err(message) => {
+            eprintln!("ringtun: {}; see `ringtun --help`", on_one_line(&message));
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
     start_logging();
     let code = match run(cli.command) {
         Ok(code) => code,
@@ -77,6 +86,22 @@ fn main() -> ExitCode {
         }
     };
     ExitCode::from(code)
+}
+
+/// What clap complains of, without the usage that it adds in further paragraphs.
+fn on_one_line(error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return "it needs a command".to_owned();
+    }
+    let text = error.to_string();
+    let paragraphs = text
+        .split("\n\n")
+        .map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "))
+        .filter(|line| !line.is_empty())
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let lines: Vec<String> = paragraphs.collect();
+    let line = lines.join("; ");
+    line.strip_prefix("error: ").unwrap_or(&line).to_owned()
 }
 
 fn start_logging() {

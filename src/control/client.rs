@@ -333,10 +333,8 @@ impl Client {
             return;
         }
         match self.applied {
-            None => tracing::info!(
-                "no connection yet, trying for {} s: {address}: {line}",
-                START_TIME.as_secs()
-            ),
+            // Told as one line when the time is over.
+            None => tracing::debug!("no connection yet: {address}: {line}"),
             Some(_) => tracing::info!("no connection yet: {address}: {line}"),
         }
         self.failures.insert(address, line);
@@ -349,6 +347,7 @@ impl Client {
             .iter()
             .find(|(address, _)| address.port() == self.port);
         let reason = match own.or_else(|| self.failures.iter().next()) {
+            Some((address, line)) if address.to_string() == self.target => line.clone(),
             Some((address, line)) => format!("{address}: {line}"),
             None => "no answer".into(),
         };
