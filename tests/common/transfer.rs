@@ -2,8 +2,8 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -31,6 +31,8 @@ pub enum Direction {
 pub struct Transfer {
     finish: Arc<AtomicBool>,
     received: Arc<AtomicU64>,
+    /// How the first of the two came to its end.
+    end: Arc<OnceLock<String>>,
     sender: JoinHandle<io::Result<(u64, Digest)>>,
     receiver: JoinHandle<io::Result<(u64, Digest)>>,
 }
@@ -45,17 +47,27 @@ impl Transfer {
         };
         let finish = Arc::new(AtomicBool::new(false));
         let received = Arc::new(AtomicU64::new(0));
+        let end = Arc::new(OnceLock::new());
         Transfer {
             sender: thread::spawn({
-                let finish = Arc::clone(&finish);
-                move || send(from, &finish)
+                let (finish, end) = (Arc::clone(&finish), Arc::clone(&end));
+                move || {
+                    let outcome = send(from, &finish);
+                    let _ = end.set(format!("the sender ended with {outcome:?}"));
+                    outcome
+                }
             }),
             receiver: thread::spawn({
-                let received = Arc::clone(&received);
-                move || receive(to, &received)
+                let (received, end) = (Arc::clone(&received), Arc::clone(&end));
+                move || {
+                    let outcome = receive(to, &received);
+                    let _ = end.set(format!("the receiver ended with {outcome:?}"));
+                    outcome
+                }
             }),
             finish,
             received,
+            end,
         }
     }
 
@@ -68,10 +80,9 @@ impl Transfer {
     pub fn wait_for_more(&self, bytes: u64) {
         let goal = self.received_bytes() + bytes;
         until_true(&format!("further {bytes} bytes of the transfer"), || {
-            assert!(
-                !self.receiver.is_finished() && !self.sender.is_finished(),
-                "the transfer has broken off"
-            );
+            if let Some(end) = self.end.get() {
+                panic!("the transfer has broken off: {end}");
+            }
             self.received_bytes() >= goal
         });
     }
