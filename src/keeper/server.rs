@@ -28,9 +28,10 @@ const LEFTOVER_PORTS_INTERVAL: Duration = Duration::from_millis(20);
 /// How long the rules outlive the daemon.
 ///
 /// Without them the host itself answers what still arrives for the clients' connections, by a reset, and no download
-/// survives a restart of the server. After this much time everything on its way has arrived, the remote hosts' first
-/// retransmission (after 200 ms or a little more) too, and the next is not due before a new server is there.
-const NAT_LINGER: Duration = Duration::from_millis(300);
+/// survives a restart of the server. After this much time everything on its way has arrived, and the remote hosts'
+/// retransmissions too that come 200 and 600 ms after the last answer; the next is due after 1400 ms, when a new server
+/// should be there.
+const NAT_LINGER: Duration = Duration::from_millis(650);
 
 /// Runs a server until it is asked to stop; then the exit code is 0. `config` has been validated.
 ///
