@@ -8,12 +8,19 @@ target := env("CARGO_TARGET_DIR", justfile_directory() / "target")
 default:
     @just --list --unsorted
 
-# Format, lints, documentation, scripts: nothing is run
-check:
+# Everything that is found without running anything
+check: lint doc
+
+# Format, lints, scripts, workflows
+lint:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets --locked -- -D warnings
+    shellcheck -x ci/* .ci/run
+    ci/actionlint
+
+# The documentation of the code, below target/doc
+doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --locked
-    if command -v shellcheck >/dev/null; then shellcheck -x ci/* .ci/run; else echo "shellcheck is not there: scripts unchecked"; fi
 
 # All tests, as root or as root of a user namespace
 test *args:
@@ -21,7 +28,11 @@ test *args:
     export "CARGO_TARGET_${host}_RUNNER={{ justfile_directory() }}/ci/as-root"; \
     cargo test --workspace --locked {{ args }}
 
-# The tests that run in the lab, without the unit tests
+# Unit and property tests
+unit *args:
+    just test --lib --bins {{ args }}
+
+# The tests that run in the lab, and those on real rings
 e2e *args:
     just test --test "'*'" {{ args }}
 
@@ -37,10 +48,6 @@ bench *args: release
 release:
     cargo build --workspace --bins --release --locked
 
-# Licences, advisories and sources of the dependencies (needs cargo-deny)
-deny:
-    cargo deny check
-
-# Open the documentation of the code
-doc:
-    cargo doc --workspace --no-deps --document-private-items --locked --open
+# Licences, advisories and sources of the dependencies: `just deny licenses bans sources` needs no network
+deny *checks:
+    ci/deny {{ checks }}
