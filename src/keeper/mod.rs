@@ -7,6 +7,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `plan.rs`, `ruleset.rs` | what is to be set: values, pure |
+//! | `firewall.rs` | what other firewalls do to the tunnel's traffic, pure |
 //! | `apply.rs` | sets it, after recording the opposite |
 //! | `undo.rs` | the record, undoing, `ringtun down` |
 //! | `request.rs` | what keeper and daemon say to each other |
@@ -21,6 +22,7 @@ use caps::{CapSet, Capability};
 pub mod apply;
 pub mod client;
 pub mod daemon;
+pub mod firewall;
 pub mod link;
 pub mod plan;
 pub mod request;

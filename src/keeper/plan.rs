@@ -145,6 +145,12 @@ impl Host {
             .any(|route| route.destination.addr().is_ipv6())
     }
 
+    /// The names of the interfaces by which the pool leaves the host.
+    pub fn egress_names(&self, tunnel: &Tunnel) -> Vec<String> {
+        let egress = self.egress(tunnel).into_iter();
+        egress.map(|interface| interface.name.clone()).collect()
+    }
+
     /// Where the pool leaves the host: the interfaces with a default route, or all where there is none yet.
     fn egress(&self, tunnel: &Tunnel) -> Vec<&Interface> {
         let with_default: Vec<u32> = self

@@ -1,13 +1,11 @@
-//! The server's nftables table as text, and what other tables would do to the tunnel's traffic. Pure.
+//! The server's nftables table as text. Pure.
 
 use std::fmt::Write;
 use std::net::IpAddr;
 
-use ipnet::{Ipv4Net, Ipv6Net};
-use serde_json::Value;
-
 use super::plan::Tunnel;
 use crate::config::INTERFACE;
+use ipnet::{Ipv4Net, Ipv6Net};
 
 /// Ports below belong to services.
 const NAT_PORT_MIN: u16 = 1024;
@@ -162,70 +160,6 @@ fn nat_ports(listen_ports: &[u16]) -> (u16, u16) {
     best.1
 }
 
-/// One line for every other table that would drop what the tunnel forwards, with the commands that let it through.
-/// `ruleset_json` is what `nft -j list ruleset` prints; what cannot be read gives no warning.
-pub fn forward_blockers(ruleset_json: &str, tunnel: &str) -> Vec<String> {
-    let Ok(ruleset) = serde_json::from_str::<Value>(ruleset_json) else {
-        return Vec::new();
-    };
-    let empty = Vec::new();
-    let objects = ruleset["nftables"].as_array().unwrap_or(&empty);
-    let own = table_name(tunnel);
-    let lets_us_through = |family: &Value, table: &Value| {
-        objects.iter().any(|object| {
-            let rule = &object["rule"];
-            &rule["family"] == family && &rule["table"] == table && mentions(&rule["expr"], tunnel)
-        })
-    };
-    objects
-        .iter()
-        .map(|object| &object["chain"])
-        .filter(|chain| {
-            let firewalld = chain["table"] == "firewalld" && chain["hook"] == "forward";
-            chain["hook"] == "forward"
-                && (chain["policy"] == "drop" || firewalld)
-                && chain["table"] != own.as_str()
-                && !lets_us_through(&chain["family"], &chain["table"])
-        })
-        .map(|chain| {
-            let text = |key: &str| chain[key].as_str().unwrap_or("?");
-            let (family, table, name) = (text("family"), text("table"), text("name"));
-            let has_chain = |wanted: &str| {
-                objects.iter().any(|object| {
-                    object["chain"]["name"] == wanted && object["chain"]["family"] == family
-                })
-            };
-            let fix = if table == "firewalld" {
-                format!("firewall-cmd --zone=trusted --add-interface={tunnel}")
-            } else if has_chain("DOCKER-USER") {
-                both("; ", |side| format!("iptables -I DOCKER-USER -{side} {tunnel} -j ACCEPT"), ["i", "o"])
-            } else if has_chain("ufw-user-forward") || has_chain("ufw6-user-forward") {
-                both("; ", |side| format!("ufw route allow {side} on {tunnel}"), ["in", "out"])
-            } else {
-                both(
-                    "; ",
-                    |side| format!("nft insert rule {family} {table} {name} {side} {tunnel} accept"),
-                    ["iifname", "oifname"],
-                )
-            };
-            format!("another firewall ({family} {table} {name}) drops forwarded packets, so clients get no internet; let the tunnel through: {fix}")
-        })
-        .collect()
-}
-
-fn both(separator: &str, command: impl Fn(&str) -> String, sides: [&str; 2]) -> String {
-    sides.map(command).join(separator)
-}
-
-fn mentions(value: &Value, name: &str) -> bool {
-    match value {
-        Value::String(text) => text == name,
-        Value::Array(values) => values.iter().any(|value| mentions(value, name)),
-        Value::Object(members) => members.values().any(|value| mentions(value, name)),
-        _ => false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -268,35 +202,5 @@ mod tests {
         assert!(!rules(&tunnel, 9000).contains("maxseg"));
         let clamped = rules(&tunnel, 1400);
         assert!(clamped.contains("set 1360") && clamped.contains("set 1340"));
-    }
-
-    fn firewall(table: &str, chains: &str) -> String {
-        format!(
-            r#"{{"nftables": [{{"metainfo": {{"version": "1.0.6"}}}},
-                {{"table": {{"family": "ip", "name": "{table}"}}}},
-                {{"chain": {{"family": "ip", "table": "{table}", "name": "FORWARD", "type": "filter",
-                  "hook": "forward", "prio": 0, "policy": "drop"}}}}{chains}]}}"#
-        )
-    }
-
-    #[test]
-    fn a_dropping_firewall_is_told_with_the_fix_that_fits_it() {
-        let docker = r#",{"chain": {"family": "ip", "table": "filter", "name": "DOCKER-USER"}}"#;
-        let warnings = forward_blockers(&firewall("filter", docker), "rt1");
-        assert_eq!(warnings.len(), 1);
-        assert!(warnings[0].contains("iptables -I DOCKER-USER -i rt1 -j ACCEPT"));
-
-        let warnings = forward_blockers(&firewall("mine", ""), "rt1");
-        assert!(warnings[0].contains("nft insert rule ip mine FORWARD oifname rt1 accept"));
-    }
-
-    #[test]
-    fn a_firewall_that_knows_the_tunnel_and_our_own_table_are_left_in_peace() {
-        let fixed = r#",{"rule": {"family": "ip", "table": "filter", "chain": "FORWARD", "expr": [
-            {"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "rt1"}}, {"accept": null}]}}"#;
-        assert!(forward_blockers(&firewall("filter", fixed), "rt1").is_empty());
-        assert_eq!(forward_blockers(&firewall("filter", fixed), "rt2").len(), 1);
-        assert!(forward_blockers(&firewall("ringtun-rt1", ""), "rt1").is_empty());
-        assert!(forward_blockers("not JSON", "rt1").is_empty());
     }
 }

@@ -16,7 +16,7 @@ use super::plan::{self, ServerNetwork};
 use super::request::{Notice, Peer, Reply, Request, SavedLease, ServerSetup, Setup};
 use super::state::{PEERS_FILE, StateDir, StateError};
 use super::undo::line;
-use super::{KeeperError, begin, cores, finish, make_interface, ruleset};
+use super::{KeeperError, begin, cores, finish, firewall, make_interface, ruleset};
 use crate::config::{NAMESERVERS_MAX, ServerConfig};
 use crate::sys::socket::{self, ListenError};
 use crate::sys::{dns, nft};
@@ -59,7 +59,7 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
         client_to_client: config.client_to_client,
     };
     changes.reach(&tunnel, &plan::server(&host, &tunnel, &network))?;
-    warn_of_other_firewalls(&tunnel.name);
+    warn_of_other_firewalls(&tunnel.name, &config.listen, &host.egress_names(&tunnel));
 
     // Watched before it is read, so that no change is missed.
     let mut role = ServerRole {
@@ -111,12 +111,13 @@ fn identity(config: &ServerConfig, state: &StateDir) -> Result<Identity, KeeperE
         .map_err(|source| KeeperError::certificate(certificate, source))
 }
 
-/// A warning only: the operator may be about to fix it, and rules change while we run.
-fn warn_of_other_firewalls(tunnel: &str) {
+/// A warning only: the operator may be about to fix it, and rules change while we run. `ringtun doctor` says the same.
+fn warn_of_other_firewalls(tunnel: &str, listen: &[SocketAddr], egress: &[String]) {
     match nft::list_ruleset_json() {
         Ok(json) => {
-            for warning in ruleset::forward_blockers(&json, tunnel) {
-                tracing::warn!("{warning}");
+            let certain = firewall::on_server(&json, tunnel, egress, listen);
+            for blocker in certain.iter().filter(|blocker| blocker.certain) {
+                tracing::warn!("{blocker}");
             }
         }
         Err(error) => tracing::debug!("cannot look at other firewalls: {}", line(error)),
