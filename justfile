@@ -44,6 +44,10 @@ lab: release
 bench *args: release
     ci/as-root {{ target }}/release/lab bench {{ args }}
 
+# Debian's kernels under qemu, with the lab inside: `just kernels 5.10`, `just kernels --list`
+kernels *args: release
+    ci/kernels {{ args }}
+
 # Build both programs with optimisation
 release:
     cargo build --workspace --bins --release --locked

@@ -201,7 +201,7 @@ impl Host {
             "ip rule",
             "ip -6 rule",
             "nft list ruleset",
-            "ls -l /etc/resolv.conf",
+            "stat -c '%A %U %G %N' /etc/resolv.conf",
             "cat /etc/resolv.conf",
             "ls -A /run/ringtun",
             // Counters are no state.
