@@ -2,12 +2,15 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
+
 /// A counter with a single writer: no locked instruction on the packet path.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
     /// Adds; only the owning worker may call this.
+    #[inline]
     pub fn add(&self, amount: u64) {
         self.0
             .store(self.0.load(Ordering::Relaxed) + amount, Ordering::Relaxed);
@@ -19,22 +22,71 @@ impl Counter {
     }
 }
 
-macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// What a worker counts.
-        #[derive(Debug, Default)]
-        pub struct WorkerCounters { $($(#[$doc])* pub $name: Counter,)* }
+/// A value that goes up and down, with a single writer.
+#[derive(Debug, Default)]
+pub struct Gauge(AtomicU64);
 
-        impl WorkerCounters {
+impl Gauge {
+    /// Replaces the value; only the owning worker may call this.
+    #[inline]
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+
+    /// The value, possibly a moment old.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Counters, and their values as they were at one look, from one list of names.
+macro_rules! counters {
+    (
+        $(#[$about:meta])* $live:ident;
+        $(#[$about_values:meta])* $values:ident;
+        $($(#[$doc:meta])* $name:ident),* $(,)?
+    ) => {
+        $(#[$about])*
+        #[derive(Debug, Default)]
+        pub struct $live { $($(#[$doc])* pub $name: Counter,)* }
+
+        impl $live {
+            /// All values now. They are read one after the other, while the worker goes on.
+            pub fn read(&self) -> $values {
+                $values { $($name: self.$name.get(),)* }
+            }
+        }
+
+        $(#[$about_values])*
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(default)]
+        pub struct $values { $($(#[$doc])* pub $name: u64,)* }
+
+        impl $values {
             /// Names and values, in the order of declaration.
-            pub fn values(&self) -> impl Iterator<Item = (&'static str, u64)> {
-                [$((stringify!($name), self.$name.get())),*].into_iter()
+            pub fn entries(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+                [$((stringify!($name), self.$name)),*].into_iter()
+            }
+
+            /// What was dropped, by reason; reasons without a drop are left out.
+            pub fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+                self.entries().filter_map(|(name, value)| {
+                    let reason = name.strip_prefix(DROPPED)?;
+                    (value > 0).then_some((reason, value))
+                })
             }
         }
     };
 }
 
+/// What the names of counters of lost packets begin with; the rest is the reason.
+const DROPPED: &str = "dropped_";
+
 counters! {
+    /// What a worker counts.
+    WorkerCounters;
+    /// What a worker has counted.
+    WorkerCounts;
     /// Packets read from the TUN queue; a super-packet counts once.
     tun_read_packets,
     /// Their bytes, without `virtio_net_hdr`.
@@ -65,4 +117,75 @@ counters! {
     handed_over,
     /// Turns of the event loop.
     turns,
+}
+
+counters! {
+    /// What the owning worker counts of one connection.
+    ConnectionCounters;
+    /// What was counted of one connection.
+    ConnectionCounts;
+    /// Packets sealed for the peer; a super-packet counts once, also where it had to be segmented.
+    sent_packets,
+    /// Their bytes, as IP packets.
+    sent_bytes,
+    /// Bytes that the socket took: TLS records.
+    sent_stream_bytes,
+    /// Packets of the peer that went to the TUN queue; a super-packet counts once.
+    received_packets,
+    /// Their bytes, as IP packets.
+    received_bytes,
+    /// Bytes that the socket gave: TLS records.
+    received_stream_bytes,
+    /// Packets that its egress queue, or packet memory while it was backed up, had no room for.
+    dropped_queue_full,
+    /// Packets that could not be made to fit the peer.
+    dropped_unfit,
+    /// Packets of the peer with an invalid header.
+    dropped_invalid,
+    /// Packets of the peer with a source address that is not its own.
+    dropped_spoofed,
+    /// Datagrams of a context that nobody negotiated, or too long.
+    dropped_unknown_context,
+}
+
+/// What is known of one connection while it lasts. Aligned, so that no two workers write to one cache line.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct ConnectionStats {
+    /// What adds up.
+    pub counters: ConnectionCounters,
+    /// Packets that wait in the egress queue.
+    pub queue_packets: Gauge,
+    /// Their bytes, `virtio_net_hdr` included.
+    pub queue_bytes: Gauge,
+    /// When the socket last gave something, in nanoseconds since the worker's start.
+    pub received_at_nanos: Gauge,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drops_are_told_by_reason_and_only_where_there_are_any() {
+        let counters = WorkerCounters::default();
+        counters.tun_read_packets.add(7);
+        counters.dropped_spoofed.add(2);
+        counters.dropped_spoofed.add(1);
+        let counts = counters.read();
+        assert_eq!(counts.tun_read_packets, 7);
+        assert_eq!(counts.drops().collect::<Vec<_>>(), [("spoofed", 3)]);
+        assert_eq!(counts.entries().map(|(_, value)| value).sum::<u64>(), 10);
+    }
+
+    #[test]
+    fn counts_of_another_version_can_be_read() {
+        let counts: WorkerCounts =
+            serde_json::from_str(r#"{"turns":3,"of_a_later_version":1}"#).expect("readable");
+        let expected = WorkerCounts {
+            turns: 3,
+            ..WorkerCounts::default()
+        };
+        assert_eq!(counts, expected);
+    }
 }

@@ -364,7 +364,7 @@ impl Client {
         let connection = self.workers.allocate();
         self.workers.add(Handoff {
             connection,
-            socket: opened.socket,
+            socket: Arc::new(opened.socket),
             established: opened.established,
             inner_sources: InnerSources::Any,
             offload: opened.offload,

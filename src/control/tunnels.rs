@@ -161,7 +161,7 @@ impl Tunnels {
         self.publish_routes();
         self.workers().add(Handoff {
             connection,
-            socket: tunnel.socket,
+            socket: Arc::new(tunnel.socket),
             established: tunnel.established,
             inner_sources: InnerSources::Only(vec![
                 admitted.lease.v4.into(),

@@ -29,7 +29,8 @@ use rustls::{
 /// SHA-256 of a certificate's SubjectPublicKeyInfo.
 pub const PIN_BYTES: usize = 32;
 
-const ALPN_HTTP_1_1: &[u8] = b"http/1.1";
+/// The only application protocol that either side takes.
+pub(super) const ALPN: &str = "http/1.1";
 const GENERATED_VALID_DAYS: u64 = 3650;
 /// A client's clock may be behind ours by so much.
 const GENERATED_BACKDATED_DAYS: u64 = 1;
@@ -163,7 +164,7 @@ pub fn server_config(identity: Identity) -> Result<Arc<ServerConfig>, Certificat
         .with_no_client_auth()
         .with_single_cert(identity.chain, identity.key)
         .map_err(key_error)?;
-    config.alpn_protocols = vec![ALPN_HTTP_1_1.to_vec()];
+    config.alpn_protocols = vec![ALPN.as_bytes().to_vec()];
     config.enable_secret_extraction = true;
     Ok(Arc::new(config))
 }
@@ -296,7 +297,7 @@ fn client_config_with(
         .dangerous()
         .with_custom_certificate_verifier(verifier)
         .with_no_client_auth();
-    config.alpn_protocols = vec![ALPN_HTTP_1_1.to_vec()];
+    config.alpn_protocols = vec![ALPN.as_bytes().to_vec()];
     config.enable_secret_extraction = true;
     config.resumption = Resumption::disabled();
     Ok(Arc::new(config))

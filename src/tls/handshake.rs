@@ -10,9 +10,9 @@ use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
 use rustls::pki_types::ServerName;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
-use rustls::{AlertDescription, ClientConfig, PeerIncompatible, ServerConfig};
+use rustls::{AlertDescription, ClientConfig, CommonState, PeerIncompatible, ServerConfig};
 
-use super::certificate::PinMismatch;
+use super::certificate::{ALPN, PinMismatch};
 use super::record::{
     CONTROL_RECORD_BYTES_MAX, ContentType, KernelSecrets, RECORD_HEADER_BYTES,
     RECORD_PLAINTEXT_BYTES_MAX, RECORD_TAG_BYTES, RecordError, RecordLayer, Signal, record_bytes,
@@ -91,6 +91,7 @@ pub struct TlsStream {
     plaintext: Vec<u8>,
     peer_closed: bool,
     closed: bool,
+    agreed: Agreed,
 }
 
 /// What a worker needs to go on with a connection.
@@ -102,6 +103,36 @@ pub struct Established {
     pub ciphertext: Vec<u8>,
     /// Decrypted and not consumed.
     pub plaintext: Vec<u8>,
+    /// What the handshake agreed on.
+    pub agreed: Agreed,
+}
+
+/// What a handshake agreed on, by the names of the standards; empty where it is not known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Agreed {
+    /// The cipher suite.
+    pub cipher_suite: &'static str,
+    /// The group of the key exchange.
+    pub key_exchange: &'static str,
+    /// The application protocol, by ALPN; a client that is not ours may have asked for none.
+    pub alpn: &'static str,
+}
+
+impl Agreed {
+    fn of(connection: &CommonState) -> Self {
+        let suite = connection.negotiated_cipher_suite();
+        let group = connection.negotiated_key_exchange_group();
+        Agreed {
+            cipher_suite: suite
+                .and_then(|suite| suite.suite().as_str())
+                .unwrap_or_default(),
+            key_exchange: group
+                .and_then(|group| group.name().as_str())
+                .unwrap_or_default(),
+            // No other is ever accepted.
+            alpn: connection.alpn_protocol().map_or("", |_| ALPN),
+        }
+    }
 }
 
 enum State {
@@ -142,6 +173,7 @@ impl TlsStream {
             plaintext: Vec::new(),
             peer_closed: false,
             closed: false,
+            agreed: Agreed::default(),
         }
     }
 
@@ -225,6 +257,7 @@ impl TlsStream {
                 records: *records,
                 ciphertext: self.incoming,
                 plaintext: self.plaintext,
+                agreed: self.agreed,
             }),
         }
     }
@@ -282,12 +315,14 @@ impl TlsStream {
     fn leave_rustls(&mut self) -> Result<(), TlsError> {
         let (extracted, secrets) = match std::mem::replace(&mut self.state, State::Failed) {
             State::Client(connection) => {
+                self.agreed = Agreed::of(&connection);
                 let (extracted, kernel) = connection
                     .dangerous_into_kernel_connection()
                     .map_err(tls_error)?;
                 (extracted, KernelSecrets::Client(kernel))
             }
             State::Server(connection) => {
+                self.agreed = Agreed::of(&connection);
                 let (extracted, kernel) = connection
                     .dangerous_into_kernel_connection()
                     .map_err(tls_error)?;
@@ -678,8 +713,12 @@ mod tests {
                 mut records,
                 mut ciphertext,
                 plaintext,
+                agreed,
             } = pair.ours.into_records().unwrap();
             assert_eq!(plaintext, b"first");
+            assert_eq!(Some(agreed.cipher_suite), SUITES[0].suite().as_str());
+            assert_ne!(agreed.key_exchange, "");
+            assert_eq!(agreed.alpn, "http/1.1");
             assert_eq!(ciphertext, &last[whole..whole + 9]);
             ciphertext.extend_from_slice(later);
             let mut out = [0; 64];

@@ -8,11 +8,13 @@ use crate::proto::offload::Offloads;
 use crate::proto::packet;
 use crate::proto::route_table::ConnectionRef;
 use crate::proto::timer::Instant;
+use crate::stats::ConnectionStats;
 use crate::tls::record::RecordLayer;
 use crate::uring::buffer::{Buffer, InFlight};
 use crate::uring::ring::FileSlot;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A peer that owes an answer is asked for one after this.
@@ -175,7 +177,8 @@ impl Clock {
 /// The state of one connection.
 pub(super) struct Connection {
     pub(super) reference: ConnectionRef,
-    pub(super) socket: OwnedFd,
+    pub(super) socket: Arc<OwnedFd>,
+    pub(super) stats: Arc<ConnectionStats>,
     pub(super) file: FileSlot,
     pub(super) records: RecordLayer,
     pub(super) inner_sources: InnerSources,
@@ -217,6 +220,15 @@ pub(super) struct Connection {
 impl Connection {
     pub(super) fn is_open(&self) -> bool {
         matches!(self.life, Life::Open)
+    }
+
+    /// Makes known what waits for the connection.
+    pub(super) fn show_queue(&self) {
+        let next_bytes = self.next.as_ref().map(|next| next.bytes().len());
+        let packets = self.queue.len() + usize::from(next_bytes.is_some());
+        let bytes = self.queue.bytes() + next_bytes.unwrap_or(0);
+        self.stats.queue_packets.set(packets as u64);
+        self.stats.queue_bytes.set(bytes as u64);
     }
 
     /// Whether a packet queued now would wait for the socket.

@@ -10,7 +10,7 @@ use crate::proto::egress_queue::EgressQueue;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::proto::timer::Instant;
-use crate::stats::WorkerCounters;
+use crate::stats::{ConnectionStats, WorkerCounters};
 use crate::tls::record::RECORD_PLAINTEXT_BYTES_MAX;
 use crate::uring::buffer::{BUDGET_BYTES_MIN, Buffer, Class, InFlight, Piece, Pool};
 use crate::uring::ring::{Completion, FileSlot, Ring, WhenDry};
@@ -155,6 +155,7 @@ impl Worker {
 
     pub(super) fn info(&self) -> WorkerInfo {
         WorkerInfo {
+            epoch: self.epoch,
             set_up: self.ring.set_up(),
             buffer_bytes: self.pool.bytes(),
             buffers_registered: self.buffers_registered,
@@ -297,7 +298,7 @@ impl Worker {
         inlet.mailbox.look();
         while let Some(command) = inlet.commands.pop() {
             match command {
-                Command::Add(handoff) => self.add(*handoff),
+                Command::Add(handoff, stats) => self.add(*handoff, stats),
                 Command::Routes(routes) => self.routes = routes,
                 Command::Send(reference, capsules) => {
                     if let Some(slot) = self.slot_of(reference)
@@ -321,7 +322,7 @@ impl Worker {
         }
     }
 
-    fn add(&mut self, handoff: Handoff) {
+    fn add(&mut self, handoff: Handoff, stats: Arc<ConnectionStats>) {
         let reference = handoff.connection;
         let slot = reference.slot as usize;
         let file = FileSlot(FIRST_PEER + self.inlets.len() as u32 + reference.slot);
@@ -332,9 +333,11 @@ impl Worker {
             });
             return;
         }
+        stats.received_at_nanos.set(self.now.as_nanos());
         let connection = Connection {
             reference,
             socket: handoff.socket,
+            stats,
             file,
             records: handoff.established.records,
             inner_sources: handoff.inner_sources,

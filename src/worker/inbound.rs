@@ -130,6 +130,9 @@ impl Worker {
             Ok(bytes) => {
                 chunk.fill(bytes);
                 connection.clock.on_received(now);
+                connection.stats.received_at_nanos.set(now.as_nanos());
+                let counters = &connection.stats.counters;
+                counters.received_stream_bytes.add(bytes as u64);
                 self.process(slot, chunk, 0, Next::ReadOrPark);
             }
             Err(Errno::ECANCELED) => self.process(slot, chunk, 0, Next::Park),
@@ -378,6 +381,8 @@ impl Worker {
                     self.pool.skip(plaintext, end);
                     let oversized = connection.deframer.oversized_datagrams() - oversized;
                     self.counters.dropped_unknown_context.add(oversized);
+                    let counters = &connection.stats.counters;
+                    counters.dropped_unknown_context.add(oversized);
                 }
             }
         }
@@ -426,27 +431,37 @@ impl Worker {
             }
         } else {
             self.counters.dropped_unknown_context.add(1);
+            let counters = &connection.stats.counters;
+            counters.dropped_unknown_context.add(1);
             self.pool.skip(plaintext, end);
             None
         };
         if let Some(piece) = piece {
+            let bytes = piece.bytes().len() - VIRTIO_NET_HDR_BYTES;
+            let counters = &connection.stats.counters;
+            counters.received_packets.add(1);
+            counters.received_bytes.add(bytes as u64);
             self.write_tun(piece);
         }
     }
 
     /// A packet of the offload context: validates and normalises the header where it lies.
     fn check_offloaded(&self, connection: &Connection, payload: &mut [u8]) -> bool {
+        let counters = &connection.stats.counters;
         let Some((header, packet)) = payload.split_first_chunk_mut::<VIRTIO_NET_HDR_BYTES>() else {
             self.counters.dropped_invalid.add(1);
+            counters.dropped_invalid.add(1);
             return false;
         };
         match offload::validate(VirtioNetHdr::read(header), packet, connection.accepts) {
             Err(_) => {
                 self.counters.dropped_invalid.add(1);
+                counters.dropped_invalid.add(1);
                 false
             }
             Ok(_) if !connection.inner_sources.allow(packet) => {
                 self.counters.dropped_spoofed.add(1);
+                counters.dropped_spoofed.add(1);
                 false
             }
             Ok(normalised) => {
@@ -458,12 +473,15 @@ impl Worker {
 
     /// A packet of context 0 gets an empty header in front.
     fn plain_packet(&mut self, connection: &Connection, packet: &[u8]) -> Option<Piece> {
+        let counters = &connection.stats.counters;
         if packet::parse(packet).is_err() {
             self.counters.dropped_invalid.add(1);
+            counters.dropped_invalid.add(1);
             return None;
         }
         if !connection.inner_sources.allow(packet) {
             self.counters.dropped_spoofed.add(1);
+            counters.dropped_spoofed.add(1);
             return None;
         }
         self.framed(VirtioNetHdr::PLAIN, packet)

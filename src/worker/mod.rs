@@ -24,8 +24,8 @@ use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::http::OffloadHeader;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
-use crate::stats::WorkerCounters;
-use crate::tls::handshake::Established;
+use crate::stats::{ConnectionStats, WorkerCounters};
+use crate::tls::handshake::{Agreed, Established};
 use crate::uring::probe::RingError;
 use crate::uring::ring::{self, PreparedRing};
 use connection::InnerSources;
@@ -34,9 +34,9 @@ use handover::Mailbox;
 use slab::Slab;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Weak, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long [`Workers::stop`] lets connections say goodbye.
 pub const STOP_GRACE: Duration = Duration::from_millis(200);
@@ -89,8 +89,8 @@ pub struct WorkerSetup {
 pub struct Handoff {
     /// From [`Workers::allocate`].
     pub connection: ConnectionRef,
-    /// The outer TCP socket, in blocking mode.
-    pub socket: OwnedFd,
+    /// The outer TCP socket, in blocking mode. Nobody else may hold it for long: it is closed when the worker is done.
+    pub socket: Arc<OwnedFd>,
     /// The record layer, and what had been received beyond the handshake.
     pub established: Established,
     /// Which inner source addresses the peer may use.
@@ -149,7 +149,7 @@ pub enum Event {
 
 /// What control tells a worker.
 pub(crate) enum Command {
-    Add(Box<Handoff>),
+    Add(Box<Handoff>, Arc<ConnectionStats>),
     Routes(Arc<RouteTable>),
     Send(ConnectionRef, Vec<u8>),
     Close(ConnectionRef, Option<CloseReason>),
@@ -167,15 +167,38 @@ pub(crate) struct Inlet {
 struct Handle {
     inlet: Arc<Inlet>,
     thread: JoinHandle<()>,
-    /// The generations of the slots in use.
-    slots: Slab<u32>,
+    slots: Slab<Place>,
     counters: Arc<WorkerCounters>,
     info: WorkerInfo,
+}
+
+/// One connection's place on a worker.
+struct Place {
+    generation: u32,
+    /// None until the connection is added.
+    info: Option<ConnectionInfo>,
+}
+
+/// What control knows of a connection that a worker has.
+#[derive(Debug)]
+pub struct ConnectionInfo {
+    /// When it was given to the worker.
+    pub since: Instant,
+    /// What the worker counts.
+    pub stats: Arc<ConnectionStats>,
+    /// What the TLS handshake agreed on.
+    pub agreed: Agreed,
+    /// What the peer accepts in which context.
+    pub offload: Option<OffloadHeader>,
+    /// The socket, unless the worker has closed it.
+    pub socket: Weak<OwnedFd>,
 }
 
 /// What a worker found when it started.
 #[derive(Clone, Copy, Debug)]
 pub struct WorkerInfo {
+    /// When its clock started; see [`ConnectionStats::received_at_nanos`].
+    pub epoch: Instant,
     /// How the ring was set up.
     pub set_up: crate::uring::probe::SetUp,
     /// Bytes of packet memory.
@@ -253,14 +276,45 @@ impl Workers {
             .expect("there is at least one worker");
         ConnectionRef {
             worker: worker as u16,
-            slot: handle.slots.insert(generation) as u32,
+            slot: handle.slots.insert(Place {
+                generation,
+                info: None,
+            }) as u32,
             generation,
         }
     }
 
     /// Gives a connection to its worker.
-    pub fn add(&self, handoff: Handoff) {
-        self.tell(handoff.connection.worker, Command::Add(Box::new(handoff)));
+    pub fn add(&mut self, handoff: Handoff) {
+        let connection = handoff.connection;
+        let stats = Arc::new(ConnectionStats::default());
+        if let Some(place) = self.place(connection) {
+            place.info = Some(ConnectionInfo {
+                since: Instant::now(),
+                stats: Arc::clone(&stats),
+                agreed: handoff.established.agreed,
+                offload: handoff.offload,
+                socket: Arc::downgrade(&handoff.socket),
+            });
+        }
+        self.tell(connection.worker, Command::Add(Box::new(handoff), stats));
+    }
+
+    /// What is known of a connection that was added and not yet released.
+    pub fn connection(&self, connection: ConnectionRef) -> Option<&ConnectionInfo> {
+        self.workers[connection.worker as usize]
+            .slots
+            .get(connection.slot as usize)
+            .filter(|place| place.generation == connection.generation)?
+            .info
+            .as_ref()
+    }
+
+    fn place(&mut self, connection: ConnectionRef) -> Option<&mut Place> {
+        self.workers[connection.worker as usize]
+            .slots
+            .get_mut(connection.slot as usize)
+            .filter(|place| place.generation == connection.generation)
     }
 
     /// Replaces the routes of every worker.
@@ -282,9 +336,10 @@ impl Workers {
 
     /// Frees the place of a connection that was never added or that [`Event::Closed`] named.
     pub fn release(&mut self, connection: ConnectionRef) {
-        let slots = &mut self.workers[connection.worker as usize].slots;
-        if slots.get(connection.slot as usize) == Some(&connection.generation) {
-            slots.remove(connection.slot as usize);
+        if self.place(connection).is_some() {
+            self.workers[connection.worker as usize]
+                .slots
+                .remove(connection.slot as usize);
         }
     }
 

@@ -181,6 +181,10 @@ impl Worker {
         } else {
             Some(buffer)
         };
+        let counters = &connection.stats.counters;
+        if admitted.is_none() {
+            counters.dropped_queue_full.add(1);
+        }
         if let Some(buffer) = admitted {
             let bytes = buffer.filled() - HEADROOM_BYTES;
             let outgoing = Outgoing {
@@ -190,6 +194,7 @@ impl Worker {
             if let Admit::Dropped(outgoing) = connection.queue.push(self.now, flow, bytes, outgoing)
             {
                 self.counters.dropped_queue_full.add(1);
+                counters.dropped_queue_full.add(1);
                 self.pool.release(outgoing.buffer);
             }
         }
@@ -245,6 +250,7 @@ impl Worker {
             self.seal_waiting(&mut connection)
         };
         self.send(&mut connection);
+        connection.show_queue();
         let said_all = matches!(
             connection.life,
             Life::Closing {
@@ -330,6 +336,7 @@ impl Worker {
             let need = sealed_bytes_max(plaintext);
             if need > self.pool.slot_bytes(Class::Chunk) {
                 self.counters.dropped_unfit.add(1);
+                connection.stats.counters.dropped_unfit.add(1);
                 self.pool.release(outgoing.buffer);
                 continue;
             }
@@ -343,6 +350,7 @@ impl Worker {
                     if connection.next.is_some() {
                         break;
                     }
+                    connection.stats.counters.dropped_queue_full.add(1);
                     continue;
                 }
             }
@@ -361,10 +369,18 @@ impl Worker {
                     sealing.segments(header, &outgoing, accepts, &mut self.scratch)
                 }
             };
+            let bytes = packet_of(&outgoing).len() as u64;
             self.pool.release(outgoing.buffer);
+            let counters = &connection.stats.counters;
             match done {
-                Ok(true) => {}
-                Ok(false) => self.counters.dropped_unfit.add(1),
+                Ok(true) => {
+                    counters.sent_packets.add(1);
+                    counters.sent_bytes.add(bytes);
+                }
+                Ok(false) => {
+                    self.counters.dropped_unfit.add(1);
+                    counters.dropped_unfit.add(1);
+                }
                 Err(error) => {
                     result = Err(error);
                     break;
@@ -538,6 +554,10 @@ impl Worker {
         } = sending;
         let chunk = chunk.land(&completion);
         let draining = matches!(connection.life, Life::Draining { .. });
+        if let Ok(bytes) = completion.result() {
+            let counters = &connection.stats.counters;
+            counters.sent_stream_bytes.add(bytes as u64);
+        }
         let mut failed = None;
         match completion.result() {
             Ok(bytes) if sent + bytes < total && !draining => {

@@ -156,7 +156,7 @@ impl End {
     fn sum(&self, wanted: impl Fn(&str) -> bool) -> u64 {
         self.workers()
             .counters()
-            .flat_map(|counters| counters.values())
+            .flat_map(|counters| counters.read().entries())
             .filter(|(name, _)| wanted(name))
             .map(|(_, value)| value)
             .sum()
@@ -165,9 +165,9 @@ impl End {
     /// Gives a connection to the workers.
     pub fn add(&mut self, outer: Outer, sources: InnerSources, terms: &Terms) -> ConnectionRef {
         let connection = self.workers_mut().allocate();
-        self.workers().add(Handoff {
+        self.workers_mut().add(Handoff {
             connection,
-            socket: outer.socket.into(),
+            socket: Arc::new(outer.socket.into()),
             established: outer.established,
             inner_sources: sources,
             offload: terms.offload_header(),
