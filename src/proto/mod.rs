@@ -4,6 +4,7 @@
 pub mod address_pool;
 pub mod capsule;
 pub mod deframer;
+pub mod ecn;
 pub mod egress_queue;
 pub mod flow_hash;
 pub mod http;

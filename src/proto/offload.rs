@@ -12,6 +12,7 @@
 //! (`virtio_net_hdr_to_skb` in Linux's `include/linux/virtio_net.h`), so that a header which passes is never refused
 //! by the local kernel for what it says. One exception: kernels before 6.9 take 64 segments of UDP, newer ones 128.
 
+mod congestion;
 mod segment;
 
 use std::convert::Infallible;
@@ -20,6 +21,7 @@ use std::str::FromStr;
 
 use super::packet::{self, Headers, PROTOCOL_TCP, PROTOCOL_UDP, PacketError};
 
+pub use congestion::{Signal, signal, trim_first};
 pub use segment::segment;
 
 /// Length of the header, and of the headroom that a packet needs for it.

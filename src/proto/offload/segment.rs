@@ -103,10 +103,10 @@ struct Template {
 }
 
 /// Which segment it is: how many are before it, and how much of the payload.
-struct Position {
-    index: usize,
-    offset: usize,
-    last: bool,
+pub(super) struct Position {
+    pub(super) index: usize,
+    pub(super) offset: usize,
+    pub(super) last: bool,
 }
 
 impl Template {
@@ -178,7 +178,7 @@ impl Template {
     }
 }
 
-fn finish_ipv4(segment: &mut [u8], header_bytes: usize, index: usize) {
+pub(super) fn finish_ipv4(segment: &mut [u8], header_bytes: usize, index: usize) {
     put_word(segment, 2, segment.len() as u16);
     let identification = u16::from_be_bytes([segment[4], segment[5]]);
     put_word(segment, 4, identification.wrapping_add(index as u16));
@@ -189,7 +189,7 @@ fn finish_ipv4(segment: &mut [u8], header_bytes: usize, index: usize) {
 
 /// RFC 9293: the sequence number counts on; FIN and PSH belong to the last segment. RFC 3168 section 6.1.2: CWR to the
 /// first.
-fn finish_tcp(transport: &mut [u8], position: &Position) {
+pub(super) fn finish_tcp(transport: &mut [u8], position: &Position) {
     let sequence = u32::from_be_bytes([transport[4], transport[5], transport[6], transport[7]]);
     transport[4..8].copy_from_slice(&sequence.wrapping_add(position.offset as u32).to_be_bytes());
     if !position.last {
@@ -200,6 +200,6 @@ fn finish_tcp(transport: &mut [u8], position: &Position) {
     }
 }
 
-fn put_word(bytes: &mut [u8], at: usize, word: u16) {
+pub(super) fn put_word(bytes: &mut [u8], at: usize, word: u16) {
     bytes[at..at + 2].copy_from_slice(&word.to_be_bytes());
 }

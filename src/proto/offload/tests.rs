@@ -483,6 +483,134 @@ proptest! {
     }
 }
 
+fn trimmed(hdr: VirtioNetHdr, packet: &[u8]) -> Option<(VirtioNetHdr, Vec<u8>)> {
+    let mut bytes = packet.to_vec();
+    match trim_first(hdr, &mut bytes) {
+        Some((hdr, start)) => Some((hdr, bytes[start..].to_vec())),
+        None => {
+            assert_eq!(bytes, packet, "what is not trimmed is not changed");
+            None
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_trimmed_super_packet_is_its_segments_but_for_the_first(honest in honest()) {
+        let (mut hdr, mut packet) = honest.partial();
+        let all = [Offloads::NONE, CSUM_ONLY].map(|accepts| segments(hdr, &packet, accepts));
+        for gone in 1.. {
+            let Some((rest_hdr, rest)) = trimmed(hdr, &packet) else {
+                prop_assert_eq!(gone, all[0].len(), "the last segment stays");
+                prop_assert_eq!(hdr.gso_type, GSO_NONE);
+                prop_assert_eq!(hdr.gso_size, 0);
+                break;
+            };
+            // In its normal form, so that the peer passes it to his kernel as it is.
+            prop_assert_eq!(validate(rest_hdr, &rest, Offloads::ALL), Ok(rest_hdr));
+            prop_assert!(kernel_takes(rest_hdr, &rest));
+            prop_assert_eq!(packet.len() - rest.len(), honest.gso_bytes);
+            for (accepts, all) in [Offloads::NONE, CSUM_ONLY].into_iter().zip(&all) {
+                let left = match fit(rest_hdr, &rest, accepts) {
+                    Fit::AsIs => vec![(rest_hdr, rest.clone())],
+                    Fit::NeedsSegmenting => segments(rest_hdr, &rest, accepts),
+                };
+                prop_assert_eq!(&left[..], &all[gone..]);
+            }
+            (hdr, packet) = (rest_hdr, rest);
+        }
+    }
+
+    #[test]
+    fn any_bytes_are_signalled_without_panic(
+        mut framed in prop::collection::vec(any::<u8>(), 0..200),
+        hdr in prop::option::of((0..2_u8, 0..6_u8, 1..60_u16)),
+        v6: bool,
+    ) {
+        if let (Some((flags, gso_type, gso_size)), true) = (hdr, framed.len() > 70) {
+            let hdr = VirtioNetHdr { flags, gso_type, hdr_len: 0, gso_size, csum_start: 20, csum_offset: 16 };
+            framed[..VIRTIO_NET_HDR_BYTES].copy_from_slice(&hdr.to_bytes());
+            framed[10] = if v6 { 0x60 } else { 0x45 };
+        }
+        signalled(&framed)?;
+    }
+
+    #[test]
+    fn an_honest_packet_is_marked_trimmed_dropped_or_spared(honest in honest(), ecn in 0..4_u8) {
+        let (hdr, mut packet) = honest.partial();
+        set_ecn(&mut packet, ecn);
+        let expected = match honest.protocol {
+            _ if ecn != 0 => Signal::Marked,
+            PROTOCOL_TCP if honest.payload.is_empty() => Signal::Spare,
+            _ if honest.is_super_packet() => Signal::Trimmed { bytes: honest.gso_bytes },
+            _ => Signal::Drop,
+        };
+        let framed = [&hdr.to_bytes(), &packet[..]].concat();
+        let (signal, after) = signalled(&framed)?;
+        prop_assert_eq!(signal, expected);
+        match signal {
+            Signal::Trimmed { .. } => {
+                let (hdr, packet) = trimmed(hdr, &packet).expect("a super-packet");
+                prop_assert_eq!(after, [&hdr.to_bytes(), &packet[..]].concat());
+            }
+            Signal::Marked => {
+                set_ecn(&mut packet, 3);
+                prop_assert_eq!(after, [&hdr.to_bytes(), &packet[..]].concat());
+            }
+            Signal::Drop | Signal::Spare => prop_assert_eq!(after, framed),
+        }
+    }
+
+    #[test]
+    fn handshakes_and_resets_are_spared(mut honest in honest(), rst: bool, bytes in 0..1400_usize) {
+        honest.protocol = PROTOCOL_TCP;
+        honest.gso_bytes = PACKET_BYTES_MAX;
+        honest.payload.resize(bytes, 7);
+        honest.tcp_flags |= if rst { TCP_FLAG_RST } else { TCP_FLAG_SYN };
+        let (hdr, packet) = honest.partial();
+        let framed = [&hdr.to_bytes(), &packet[..]].concat();
+        prop_assert_eq!(signalled(&framed)?, (Signal::Spare, framed));
+    }
+}
+
+/// Signals with a copy. What is left never begins before the packet did, nor carries a mark that it did not ask for.
+fn signalled(framed: &[u8]) -> Result<(Signal, Vec<u8>), TestCaseError> {
+    let capable = framed
+        .get(VIRTIO_NET_HDR_BYTES..)
+        .is_some_and(|packet| ecn_of(packet) != 0);
+    let mut after = framed.to_vec();
+    let signal = signal(&mut after);
+    prop_assert_eq!(signal == Signal::Marked, capable);
+    if let Signal::Trimmed { bytes } = signal {
+        after.drain(..bytes);
+    }
+    if !capable && after.len() >= VIRTIO_NET_HDR_BYTES {
+        prop_assert_eq!(ecn_of(&after[VIRTIO_NET_HDR_BYTES..]), 0);
+    }
+    Ok((signal, after))
+}
+
+/// The ECN bits, 0 for what is no IP packet.
+fn ecn_of(packet: &[u8]) -> u8 {
+    match packet.first().map(|byte| byte >> 4) {
+        Some(4) if packet.len() >= 20 => packet[1] & 3,
+        Some(6) if packet.len() >= 40 => (packet[1] >> 4) & 3,
+        _ => 0,
+    }
+}
+
+fn set_ecn(packet: &mut [u8], ecn: u8) {
+    if packet[0] >> 4 == 6 {
+        packet[1] = packet[1] & 0xcf | ecn << 4;
+        return;
+    }
+    packet[1] = packet[1] & 0xfc | ecn;
+    let header_bytes = usize::from(packet[0] & 0x0f) * 4;
+    packet[10..12].fill(0);
+    let checksum = Checksum::new().bytes(&packet[..header_bytes]).finish();
+    packet[10..12].copy_from_slice(&checksum.to_be_bytes());
+}
+
 /// Whatever is accepted is acceptable to the kernel and can be segmented; nothing panics.
 fn judge(hdr: VirtioNetHdr, packet: &[u8]) -> Result<(), TestCaseError> {
     let mut scratch = vec![0; PACKET_BYTES_MAX];
