@@ -24,6 +24,13 @@ environment, and that before the configuration.
 The tunnel stays up, and reconnects by itself, until Ctrl-C or SIGTERM; then
 routes and resolver are as they were before.";
 
+const STATUS_HELP: &str = "\
+Bytes and packets are those inside the tunnel, where a packet may be one of up to
+64 KiB. `dropped` names the reason and how many packets it has cost.
+
+Exit codes: 0 everything that runs has answered, 1 nothing runs or something does
+not answer, 2 bad usage.";
+
 /// The whole command line.
 #[derive(Debug, Parser)]
 #[command(name = "ringtun", version, about = ABOUT, after_help = AFTER_HELP, disable_help_subcommand = true)]
@@ -45,6 +52,9 @@ pub enum Command {
     Client(ClientArgs),
     /// Stop the server and client of this network namespace, or clean up after killed ones
     Down(DownArgs),
+    /// Show what the server and client of this network namespace are doing
+    #[command(after_help = STATUS_HELP)]
+    Status(StatusArgs),
     /// List the server's peers, or revoke one
     Peers(PeersArgs),
     /// The unprivileged half, started by the server and the client
@@ -111,6 +121,17 @@ pub struct DownArgs {
     pub interface: Option<String>,
 }
 
+/// `ringtun status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// For programs: one JSON document a line, one line for each that runs
+    #[arg(long)]
+    pub json: bool,
+    /// Only the one that uses this interface [default: all of this network namespace]
+    #[arg(long, value_name = "NAME")]
+    pub interface: Option<String>,
+}
+
 /// `ringtun peers`.
 #[derive(Debug, Args)]
 pub struct PeersArgs {
@@ -156,6 +177,8 @@ mod tests {
             "ringtun client -",
             "ringtun client",
             "ringtun down",
+            "ringtun status",
+            "ringtun status --json --interface ringtun1",
             "ringtun peers --state-dir d",
             "ringtun peers list",
             "ringtun peers --state-dir d revoke alice",

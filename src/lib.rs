@@ -7,6 +7,7 @@ pub mod invite;
 pub mod keeper;
 pub mod proto;
 pub mod stats;
+pub mod status;
 pub mod sys;
 pub mod tls;
 pub mod uring;

@@ -1,6 +1,6 @@
 //! The program: arguments in, exit code out, one line on standard error when something is wrong.
 
-use std::io::{IsTerminal, Read};
+use std::io::{ErrorKind as IoErrorKind, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -8,6 +8,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use ringtun::cli::{
     Cli, ClientArgs, Command, InviteArgs, PeersArgs, PeersCommand, ServerArgs, StateArgs,
+    StatusArgs,
 };
 use ringtun::config::{ClientConfig, ConfigError, ServerConfig};
 use ringtun::control::{self, chain};
@@ -15,11 +16,15 @@ use ringtun::invite::{Host, Invite, InviteError, PORT_DEFAULT, Pin, parse_host_a
 use ringtun::keeper::state::{StateDir, StateError};
 use ringtun::keeper::{self, KeeperError};
 use ringtun::proto::http::Token;
+use ringtun::status::query::{self, QueryError};
+use ringtun::status::text::text;
 use ringtun::tls::certificate::{CertificateError, Identity};
 use tracing_subscriber::EnvFilter;
 
 /// Asked to stop.
 const EXIT_OK: u8 = 0;
+/// Failed at run time.
+const EXIT_FAILED: u8 = 1;
 /// Bad usage or configuration, as clap has it.
 const EXIT_USAGE: u8 = 2;
 /// The variable that may hold the invite.
@@ -51,6 +56,10 @@ enum Failure {
     File(PathBuf, #[source] std::io::Error),
     #[error(transparent)]
     Keeper(#[from] KeeperError),
+    #[error(transparent)]
+    Status(#[from] QueryError),
+    #[error("cannot write to standard output")]
+    Stdout(#[source] std::io::Error),
 }
 
 impl Failure {
@@ -62,7 +71,11 @@ impl Failure {
             | Failure::NotText
             | Failure::Certificate(_) => EXIT_USAGE,
             Failure::Keeper(error) => error.exit_code(),
-            Failure::Stdin(_) | Failure::State(_) | Failure::File(..) => 1,
+            Failure::Stdin(_)
+            | Failure::State(_)
+            | Failure::File(..)
+            | Failure::Status(_)
+            | Failure::Stdout(_) => EXIT_FAILED,
         }
     }
 }
@@ -122,6 +135,7 @@ fn run(command: Command) -> Result<u8, Failure> {
             Ok(keeper::run_client(config, invite)?)
         }
         Command::Down(arguments) => Ok(keeper::down(arguments.interface.as_deref())?),
+        Command::Status(arguments) => status(&arguments),
         Command::Invite(arguments) => invite(&arguments),
         Command::Peers(arguments) => peers(arguments),
         // The ring of the control thread is never torn down, so the process must not wait for it.
@@ -171,6 +185,46 @@ fn invite_from_stdin() -> Result<String, Failure> {
         .read_to_string(&mut text)
         .map_err(Failure::Stdin)?;
     Ok(text)
+}
+
+/// Shows what runs. One that does not answer keeps nobody from hearing of the others.
+fn status(arguments: &StatusArgs) -> Result<u8, Failure> {
+    let mut code = EXIT_OK;
+    for (index, instance) in query::instances(arguments.interface.as_deref())?
+        .iter()
+        .enumerate()
+    {
+        let shown = query::document(instance).and_then(|document| {
+            if arguments.json {
+                return Ok(document + "\n");
+            }
+            let gap = if index > 0 { "\n" } else { "" };
+            Ok(format!(
+                "{gap}{}",
+                text(&query::report(&instance.interface, &document)?)
+            ))
+        });
+        match shown {
+            Ok(shown) => print(&shown)?,
+            Err(error) => {
+                eprintln!("ringtun: {}", chain(&error));
+                code = EXIT_FAILED;
+            }
+        }
+    }
+    Ok(code)
+}
+
+/// Whoever reads it may have seen enough.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        Err(error) if error.kind() != IoErrorKind::BrokenPipe => Err(Failure::Stdout(error)),
+        _ => Ok(()),
+    }
 }
 
 /// Adds a peer and prints its invite.

@@ -12,6 +12,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
@@ -20,6 +21,7 @@ use super::dial::{Candidates, DialError, dial};
 use super::opening::{Opened, OpeningError, Server, Terms, goodbye, open};
 use super::reconnect::Reconnect;
 use super::runtime::spawn;
+use super::status::{self, Questions, Subject, connection};
 use super::{Ending, Rings, chain, ended, network};
 use crate::config::ClientConfig;
 use crate::invite::{Host, Invite};
@@ -29,6 +31,7 @@ use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::http::InstanceId;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable, SessionId, SessionRoute};
+use crate::status::{Report, Role, State};
 use crate::sys::route;
 use crate::tls::certificate::{Trust, client_config};
 use crate::worker::connection::InnerSources;
@@ -50,6 +53,10 @@ pub async fn run(
     mut notices: Notices,
 ) -> Ending {
     let start_by = Instant::now() + START_TIME;
+    let mut questions = match status::serve(fds.control) {
+        Ok(questions) => questions,
+        Err(error) => return Ending::failed(format!("cannot serve the control socket: {error}")),
+    };
     let invite: Invite = match setup.invite.parse() {
         Ok(invite) => invite,
         Err(error) => {
@@ -72,15 +79,16 @@ pub async fn run(
     if link.ready().await.is_err() {
         return Ending::KeeperGone;
     }
-    let addresses = tokio::select! {
-        resolved = resolve(&invite, start_by) => match resolved {
-            Ok(addresses) => addresses,
-            Err(line) => return Ending::failed(line),
-        },
-        ending = stopped(&mut notices) => return ending,
-    };
+    let subject = Subject::new(
+        Role::Client,
+        &setup.config.interface,
+        setup.config.mtu,
+        &setup.origin,
+        accepts,
+    );
     let (progress, news) = mpsc::unbounded_channel();
     let client = Client {
+        subject,
         target: format!("{}:{}", invite.host, invite.port),
         port: invite.port,
         places: (0..setup.config.connections)
@@ -89,7 +97,7 @@ pub async fn run(
         network: watch_network(&setup.config.interface),
         dialling: Rc::new(Dialling {
             server,
-            candidates: RefCell::new(Candidates::new(addresses, invite.port)),
+            candidates: RefCell::new(Candidates::new(Vec::new(), invite.port)),
             link: link.clone(),
             progress,
         }),
@@ -100,9 +108,28 @@ pub async fn run(
         applied: None,
         terms: Terms::default(),
         failures: BTreeMap::new(),
-        down_since: None,
+        state: (State::Connecting, Instant::now()),
     };
-    client.keep_up(start_by, notices, happened, news).await
+    let resolving = resolve(&invite, start_by);
+    tokio::pin!(resolving);
+    let addresses = loop {
+        tokio::select! {
+            resolved = &mut resolving => match resolved {
+                Ok(addresses) => break addresses,
+                Err(line) => return Ending::failed(line),
+            },
+            ending = stopped(&mut notices) => return ending,
+            Some(question) = questions.recv() => question.answer(client.report()),
+        }
+    };
+    *client.dialling.candidates.borrow_mut() = Candidates::new(addresses, invite.port);
+    let doings = Doings {
+        notices,
+        happened,
+        news,
+        questions,
+    };
+    client.keep_up(start_by, doings).await
 }
 
 /// Waits until the keeper wants an end.
@@ -236,6 +263,7 @@ struct Place {
 
 /// The session.
 struct Client {
+    subject: Subject,
     config: ClientConfig,
     /// HOST:PORT for the user.
     target: String,
@@ -252,16 +280,28 @@ struct Client {
     applied: Option<Terms>,
     /// What went wrong last, by address.
     failures: BTreeMap<SocketAddr, String>,
-    down_since: Option<Instant>,
+    /// How the tunnel stands, and since when.
+    state: (State, Instant),
+}
+
+/// Everything that the session's loop waits for.
+struct Doings {
+    notices: Notices,
+    happened: mpsc::UnboundedReceiver<Event>,
+    news: mpsc::UnboundedReceiver<Progress>,
+    questions: Questions,
 }
 
 impl Client {
     async fn keep_up(
         mut self,
         start_by: Instant,
-        mut notices: Notices,
-        mut happened: mpsc::UnboundedReceiver<Event>,
-        mut news: mpsc::UnboundedReceiver<Progress>,
+        Doings {
+            mut notices,
+            mut happened,
+            mut news,
+            mut questions,
+        }: Doings,
     ) -> Ending {
         let mut network = self.network.clone();
         let mut renew_at: Option<Instant> = None;
@@ -271,6 +311,10 @@ impl Client {
                 ending = stopped(&mut notices) => Err(ending),
                 Some(progress) = news.recv() => self.progress(progress).await,
                 Some(event) = happened.recv() => self.event(event).await,
+                Some(question) = questions.recv() => {
+                    question.answer(self.report());
+                    Ok(())
+                }
                 () = sleep_until(start_by), if self.applied.is_none() => Err(self.never_started()),
                 Ok(()) = network.changed() => {
                     renew_at = Some(Instant::now() + NETWORK_SETTLE_TIME);
@@ -383,12 +427,15 @@ impl Client {
             for ordinal in 1..self.places.len() {
                 self.dial(ordinal as u8);
             }
-        } else if let Some(since) = self.down_since.take() {
+        } else if let (State::Reconnecting, since) = self.state {
             tracing::info!(
                 "connected again by {} after {} ms",
                 opened.address,
                 since.elapsed().as_millis()
             );
+        }
+        if self.state.0 != State::Up {
+            self.state = (State::Up, Instant::now());
         }
         self.failures.clear();
         Ok(())
@@ -468,7 +515,7 @@ impl Client {
         self.places[usize::from(ordinal)].current = None;
         self.publish_routes();
         if self.places.iter().all(|place| place.current.is_none()) {
-            self.down_since = Some(Instant::now());
+            self.state = (State::Reconnecting, Instant::now());
         }
         tracing::info!("connection lost: {}; trying again", ended(cause));
         self.dial(ordinal);
@@ -484,6 +531,42 @@ impl Client {
             .iter()
             .position(holds)
             .map(|ordinal| ordinal as u8)
+    }
+
+    /// What `ringtun status` shows of this.
+    fn report(&self) -> Report {
+        let settings = self.terms.settings(self.config.dns.as_deref());
+        let connections = self.places.iter().enumerate();
+        let session = crate::status::Session {
+            peer: None,
+            instance: self.dialling.server.instance.to_string(),
+            addresses: settings.addresses.iter().map(IpNet::addr).collect(),
+            connections: connections
+                .filter_map(|(ordinal, place)| {
+                    let (reference, _) = place.current?;
+                    connection(&self.workers, ordinal as u8, reference)
+                })
+                .collect(),
+        };
+        let (state, since) = self.state;
+        let failures = self.failures.iter();
+        let mut report = self.subject.report(&self.workers);
+        report.client = Some(crate::status::Client {
+            state,
+            state_seconds: since.elapsed().as_secs_f64(),
+            server: self.target.clone(),
+            connections_wanted: self.places.len(),
+            addresses: settings.addresses,
+            routes: settings.routes,
+            // Nothing is blocked before the host has been set up.
+            ipv6_blocked: self.applied.is_some() && settings.block_ipv6,
+            dns: settings.dns,
+            failures: failures
+                .map(|(address, line)| format!("{address}: {line}"))
+                .collect(),
+        });
+        report.sessions.push(session);
+        report
     }
 
     fn publish_routes(&self) {

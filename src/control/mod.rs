@@ -7,6 +7,7 @@
 //! | server: listeners, keeper, workers | [`server`] |
 //! | server: one stranger's connection, web page or tunnel | [`visitor`], bounded by [`gate`] |
 //! | server: who is connected | [`tunnels`], [`crate::proto::session`] |
+//! | both: what runs here, for whoever asks by the control socket | [`status`] |
 //! | client: a session that is kept up | [`client`] |
 //! | client: one connection, from the first SYN to the addresses | [`dial`], [`opening`] |
 //! | client: when to try again | [`reconnect`], [`network`] |
@@ -20,6 +21,7 @@ pub mod opening;
 pub mod reconnect;
 pub mod runtime;
 pub mod server;
+pub mod status;
 pub mod tunnels;
 pub mod visitor;
 

@@ -12,6 +12,7 @@ use tokio::time::sleep;
 
 use super::gate::Gate;
 use super::runtime::{Listener, spawn};
+use super::status::{self, Subject};
 use super::tunnels::{Offer, Tunnels};
 use super::visitor::{self, House};
 use super::{Ending, Rings};
@@ -20,6 +21,7 @@ use crate::keeper::{Link, Notices, SetupFds};
 use crate::proto::address_pool::{AddressPool, Lease};
 use crate::proto::capsule::IpAddressRange;
 use crate::proto::offload::Offloads;
+use crate::status::{Report, Role};
 use crate::tls::certificate::{Identity, server_config};
 use crate::worker::Event;
 
@@ -34,6 +36,10 @@ pub async fn run(
     link: Link,
     mut notices: Notices,
 ) -> Ending {
+    let mut questions = match status::serve(fds.control) {
+        Ok(questions) => questions,
+        Err(error) => return Ending::failed(format!("cannot serve the control socket: {error}")),
+    };
     let (events, mut happened) = mpsc::unbounded_channel();
     let house = match open(&setup, fds.tun_queues, rings, link.clone(), &events) {
         Ok(house) => Rc::new(house),
@@ -50,6 +56,13 @@ pub async fn run(
         return Ending::KeeperGone;
     }
     announce(&setup);
+    let subject = Subject::new(
+        Role::Server,
+        &setup.config.interface,
+        setup.config.mtu,
+        &setup.origin,
+        house.offer.accepts,
+    );
 
     let ending = loop {
         tokio::select! {
@@ -58,6 +71,11 @@ pub async fn run(
                 Some(Notice::Stop) => break Ending::Asked,
                 None => break Ending::KeeperGone,
             },
+            Some(question) = questions.recv() => {
+                if let Some(report) = report(&setup, &house, &subject) {
+                    question.answer(report);
+                }
+            }
             Some(event) = happened.recv() => match event {
                 Event::Capsule { connection, capsule } => house.tunnels.borrow_mut().received(connection, &capsule),
                 Event::Closed { connection, cause } => house.tunnels.borrow_mut().closed(connection, &cause),
@@ -133,6 +151,20 @@ fn pool(setup: &ServerSetup) -> Result<AddressPool, Ending> {
         }
     }
     Ok(pool)
+}
+
+fn report(setup: &ServerSetup, house: &House, subject: &Subject) -> Option<Report> {
+    let tunnels = house.tunnels.borrow();
+    let mut report = tunnels.report(subject)?;
+    report.server = Some(crate::status::Server {
+        listeners: setup.listeners.clone(),
+        pool_v4: setup.pool_v4.into(),
+        pool_v6: setup.pool_v6.into(),
+        peers: tunnels.peer_count(),
+        ipv6_uplink: setup.ipv6_uplink,
+        dns: setup.dns.clone(),
+    });
+    Some(report)
 }
 
 async fn accept(house: Rc<House>, gate: Gate, listener: Listener) {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 
 use super::ended;
+use super::status::{Subject, connection};
 use crate::keeper::request::{Peer, SavedLease};
 use crate::proto::address_pool::{AddressPool, Lease, PoolExhausted};
 use crate::proto::capsule::{Capsule, CloseReason, DnsAssign, IpAddressRange};
@@ -14,6 +15,7 @@ use crate::proto::http::{InstanceId, OffloadHeader, Token};
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::ConnectionRef;
 use crate::proto::session::{self, Arrival, Arrived, Sessions};
+use crate::status::{self, Report};
 use crate::tls::handshake::Established;
 use crate::worker::connection::InnerSources;
 use crate::worker::{CloseCause, Handoff, Workers};
@@ -230,6 +232,31 @@ impl Tunnels {
             // A client has no addresses, routes or nameservers for us; its goodbye is followed by the end itself.
             other => tracing::debug!("ignored: {other:?}"),
         }
+    }
+
+    /// What `ringtun status` shows of this.
+    pub fn report(&self, subject: &Subject) -> Option<Report> {
+        let workers = self.workers.as_ref()?;
+        let mut report = subject.report(workers);
+        report.sessions = self
+            .sessions
+            .iter()
+            .map(|(peer, session)| status::Session {
+                peer: Some(peer.to_owned()),
+                instance: session.instance.to_string(),
+                addresses: session.addresses().into(),
+                connections: session
+                    .connections()
+                    .filter_map(|(ordinal, reference)| connection(workers, ordinal, reference))
+                    .collect(),
+            })
+            .collect();
+        Some(report)
+    }
+
+    /// How many may connect.
+    pub fn peer_count(&self) -> usize {
+        self.peers.len()
     }
 
     /// Takes leave of everybody.

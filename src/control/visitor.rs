@@ -295,11 +295,12 @@ mod tests {
     use super::*;
     use crate::config::ClientConfig as Config;
     use crate::keeper::DaemonStart;
-    use crate::keeper::request::{ClientSetup, Setup};
+    use crate::keeper::request::{ClientSetup, Origin, Setup};
     use crate::proto::address_pool::AddressPool;
     use crate::proto::http::Token;
     use crate::proto::offload::Offloads;
     use crate::sys::fdpass::{self, FrameWriter};
+    use crate::sys::netns;
     use crate::tls::certificate::{Identity, Trust, client_config, generate, server_config};
     use crate::worker::Workers;
 
@@ -309,13 +310,18 @@ mod tests {
     fn house() -> (Rc<House>, Arc<ClientConfig>) {
         let (daemon, keeper) = fdpass::pair().expect("socket pair");
         let setup = Setup::Client(Box::new(ClientSetup {
+            origin: Origin {
+                keeper: 0,
+                namespace: netns::current().expect("a network namespace"),
+            },
             config: Config::default(),
             invite: String::new(),
             tun_offload_flags: 0,
             tun_queues: 0,
         }));
         let frame = serde_json::to_vec(&setup).expect("serialised");
-        FrameWriter::new(&frame, Vec::new())
+        let (control, _) = fdpass::pair().expect("socket pair");
+        FrameWriter::new(&frame, vec![control])
             .expect("frame")
             .send(keeper.as_fd())
             .expect("sent");

@@ -67,6 +67,11 @@ impl Changes {
         self.found_leftovers
     }
 
+    /// The run files of this run.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
     /// All routes now.
     ///
     /// # Errors

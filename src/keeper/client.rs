@@ -25,6 +25,8 @@ const EXCEPTIONS_MAX: usize = 16;
 pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperError> {
     let signals = Signals::block()?;
     let mut changes = begin(&config.interface, None)?;
+    let control = changes.record().control_socket()?;
+    let origin = changes.record().origin();
     let queues = config.worker_count(cores());
     let (tun, tunnel) = make_interface(&mut changes, &config.interface, config.mtu, queues)?;
     let mut role = ClientRole {
@@ -34,12 +36,15 @@ pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperErro
         exceptions: BTreeMap::new(),
     };
     let setup = Setup::Client(Box::new(ClientSetup {
+        origin,
         invite: invite.to_string(),
         tun_offload_flags: tun.offload_flags,
         tun_queues: tun.queues.len(),
         config,
     }));
-    let served = Daemon::start(&setup, tun.queues)?.serve(&signals, &mut role);
+    let mut fds = tun.queues;
+    fds.push(control);
+    let served = Daemon::start(&setup, fds)?.serve(&signals, &mut role);
     finish(served, role.changes)
 }
 

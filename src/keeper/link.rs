@@ -45,6 +45,7 @@ pub struct DaemonStart {
     pub tun_queues: Vec<OwnedFd>,
     /// Listening sockets, in the order of the setup's `listeners`; none for a client.
     pub listeners: Vec<OwnedFd>,
+    control: OwnedFd,
     socket: OwnedFd,
 }
 
@@ -81,15 +82,17 @@ impl DaemonStart {
             Setup::Server(server) => (server.tun_queues, server.listeners.len()),
             Setup::Client(client) => (client.tun_queues, 0),
         };
-        if frame.fds.len() != queues + listeners {
+        let mut tun_queues = frame.fds;
+        let control = tun_queues.pop().ok_or(LinkError::NotADaemon)?;
+        if tun_queues.len() != queues + listeners {
             return Err(LinkError::NotADaemon);
         }
-        let mut tun_queues = frame.fds;
         let listeners = tun_queues.split_off(queues);
         Ok(DaemonStart {
             setup,
             tun_queues,
             listeners,
+            control,
             socket,
         })
     }
@@ -104,6 +107,7 @@ impl DaemonStart {
         let fds = SetupFds {
             tun_queues: self.tun_queues,
             listeners: self.listeners,
+            control: self.control,
         };
         Ok((self.setup, fds, link, notices))
     }
@@ -116,6 +120,8 @@ pub struct SetupFds {
     pub tun_queues: Vec<OwnedFd>,
     /// Listening sockets, in the order of the setup's `listeners`; none for a client.
     pub listeners: Vec<OwnedFd>,
+    /// The listening control socket.
+    pub control: OwnedFd,
 }
 
 /// Notices of the keeper. `recv` gives `None` when the keeper has ended: the daemon must then end at once.

@@ -10,6 +10,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ClientConfig, ServerConfig};
+use crate::sys::netns::NetnsId;
 
 /// The largest request of a daemon.
 pub const REQUEST_BYTES_MAX: usize = 64 * 1024;
@@ -29,14 +30,25 @@ pub enum Setup {
     Client(Box<ClientSetup>),
 }
 
+/// Whose daemon it is, for those who ask for its status.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The keeper's process.
+    pub keeper: i32,
+    /// The network namespace as the record of changes has it.
+    pub namespace: NetnsId,
+}
+
 /// What the server's daemon starts with.
 #[derive(Serialize, Deserialize)]
 pub struct ServerSetup {
+    /// Whose daemon it is.
+    pub origin: Origin,
     /// The validated configuration.
     pub config: ServerConfig,
     /// The TUN_F_* flags that the kernel accepted for the interface.
     pub tun_offload_flags: u32,
-    /// How many of the descriptors that came along are TUN queues; they are the first.
+    /// How many of the descriptors that came along are TUN queues; they are the first. The last is the control socket.
     pub tun_queues: usize,
     /// The addresses of the listening sockets that follow them.
     pub listeners: Vec<SocketAddr>,
@@ -72,13 +84,15 @@ impl std::fmt::Debug for ServerSetup {
 /// What the client's daemon starts with.
 #[derive(Serialize, Deserialize)]
 pub struct ClientSetup {
+    /// Whose daemon it is.
+    pub origin: Origin,
     /// The validated configuration.
     pub config: ClientConfig,
     /// The invite as text, already found valid. A secret.
     pub invite: String,
     /// The TUN_F_* flags that the kernel accepted for the interface.
     pub tun_offload_flags: u32,
-    /// How many TUN queues came along.
+    /// How many TUN queues came along. The control socket follows them.
     pub tun_queues: usize,
 }
 

@@ -42,6 +42,7 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
     // A killed predecessor's rules stay until ours replace them, all at once: see NAT_LINGER.
     let table = ruleset::table_name(&config.interface);
     let mut changes = begin(&config.interface, Some(&table))?;
+    let control = changes.record().control_socket()?;
     nft::check_installed()?;
     let state = StateDir::open(&config.state_dir)?;
     let identity = identity(&config, &state)?;
@@ -69,6 +70,7 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
         pool_v6,
     };
     let setup = Setup::Server(Box::new(ServerSetup {
+        origin: changes.record().origin(),
         tun_offload_flags: tun.offload_flags,
         tun_queues: tun.queues.len(),
         listeners: config.listen.clone(),
@@ -88,6 +90,7 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
     }));
     let mut fds = tun.queues;
     fds.extend(listeners.duplicates()?);
+    fds.push(control);
     let served = Daemon::start(&setup, fds)?.serve(&signals, &mut role);
     drop(listeners);
     if matches!(served, Ok(()) | Err(KeeperError::DaemonDied(_))) {

@@ -6,6 +6,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -15,9 +16,12 @@ use ipnet::IpNet;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{Pid, getpid};
 use serde::{Deserialize, Serialize};
+use socket2::{Domain, SockAddr, Socket, Type};
 
+use super::request::Origin;
 use crate::sys::dns::{self, Saved};
 use crate::sys::netns::{self, NetnsId};
 use crate::sys::route::Netlink;
@@ -28,6 +32,9 @@ pub const RUN_DIR: &str = "/run/ringtun";
 
 const LOCK_FILE: &str = "lock";
 const RECORD_FILE: &str = "undo.json";
+const CONTROL_SOCKET: &str = "control.sock";
+/// Connections that may wait for the daemon to take them.
+const CONTROL_BACKLOG: i32 = 16;
 /// How long a keeper that was asked to end may take before it is killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a killed keeper may take to be gone, as seen by its successor.
@@ -269,8 +276,38 @@ impl Record {
         Err(UndoError::Incomplete(errors))
     }
 
-    /// Removes the files, unless there is something left to undo. The claim lasts until the record is dropped.
+    /// A listening socket in the same directory, for root alone, in place of one that a killed predecessor left.
+    ///
+    /// # Errors
+    /// [`UndoError::NotWritable`].
+    pub fn control_socket(&self) -> Result<OwnedFd, UndoError> {
+        let path = self.directory.join(CONTROL_SOCKET);
+        let listen = || -> io::Result<OwnedFd> {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let socket = Socket::new(Domain::UNIX, Type::STREAM.cloexec(), None)?;
+            // The file is made with the mode of the socket, so nobody else can ever connect.
+            fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+            socket.bind(&SockAddr::unix(&path)?)?;
+            socket.listen(CONTROL_BACKLOG)?;
+            Ok(socket.into())
+        };
+        listen().map_err(|source| UndoError::NotWritable { path, source })
+    }
+
+    /// What the daemon is told of this.
+    pub fn origin(&self) -> Origin {
+        Origin {
+            keeper: self.content.keeper,
+            namespace: self.content.namespace.clone(),
+        }
+    }
+
+    /// Removes the files; the record only if nothing is left to undo. The claim lasts until the record is dropped.
     pub fn remove_if_empty(&self) {
+        let _ = fs::remove_file(self.directory.join(CONTROL_SOCKET));
         if self.is_empty() {
             // Whoever locks next checks that the locked file is still there, so it may go while it is locked.
             let _ = fs::remove_dir_all(&self.directory);
@@ -311,27 +348,77 @@ pub enum Down {
     },
 }
 
+/// Run files of a server or client in this network namespace, be it running or not.
+#[derive(Clone, Debug)]
+pub struct Instance {
+    /// Its interface.
+    pub interface: String,
+    directory: PathBuf,
+}
+
+/// What has become of an [`Instance`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// Its keeper has the lock.
+    Running,
+    /// Nobody has the lock, but there is a record.
+    Killed,
+    /// It has cleaned up behind it.
+    Gone,
+}
+
+impl Instance {
+    /// Where its daemon listens.
+    pub fn control_socket(&self) -> PathBuf {
+        self.directory.join(CONTROL_SOCKET)
+    }
+
+    /// Whether its keeper runs, as far as one may know.
+    pub fn life(&self) -> Life {
+        let Ok(file) = File::open(self.directory.join(LOCK_FILE)) else {
+            return Life::Gone;
+        };
+        // Held for a moment only: whoever wants to claim the name tries more than once.
+        match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            Err((_, Errno::EWOULDBLOCK)) => Life::Running,
+            _ if self.directory.join(RECORD_FILE).exists() => Life::Killed,
+            _ => Life::Gone,
+        }
+    }
+}
+
+/// All run files of this network namespace, or those of one interface.
+///
+/// # Errors
+/// [`UndoError::Namespace`].
+pub fn instances(interface: Option<&str>) -> Result<Vec<Instance>, UndoError> {
+    let namespace = netns::current().map_err(UndoError::Namespace)?;
+    let prefix = format!("{}-", namespace.inode);
+    let Ok(entries) = fs::read_dir(RUN_DIR) else {
+        return Ok(Vec::new());
+    };
+    let instances = entries.flatten().filter_map(|entry| {
+        let name = entry.file_name();
+        let found = name.to_str()?.strip_prefix(&prefix)?;
+        interface
+            .is_none_or(|wanted| wanted == found)
+            .then(|| Instance {
+                interface: found.to_owned(),
+                directory: entry.path(),
+            })
+    });
+    Ok(instances.collect())
+}
+
 /// Stops what runs in this network namespace, and undoes what was left there, for one interface or for all.
 ///
 /// # Errors
 /// [`UndoError`], the first, after all have been tried.
 pub fn down(interface: Option<&str>) -> Result<Vec<Down>, UndoError> {
-    let namespace = netns::current().map_err(UndoError::Namespace)?;
-    let prefix = format!("{}-", namespace.inode);
     let mut done = Vec::new();
     let mut error = None;
-    let Ok(entries) = fs::read_dir(RUN_DIR) else {
-        return Ok(done);
-    };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let Some(found) = name.to_str().and_then(|name| name.strip_prefix(&prefix)) else {
-            continue;
-        };
-        if interface.is_some_and(|wanted| wanted != found) {
-            continue;
-        }
-        match down_one(&entry.path(), found) {
+    for instance in instances(interface)? {
+        match down_one(&instance.directory, &instance.interface) {
             Ok(one) => done.extend(one),
             Err(one) => error = error.or(Some(one)),
         }
@@ -460,6 +547,42 @@ mod tests {
         drop(record);
         assert!(!run.path().exists());
         Record::claim_under(run.path(), "rt0").expect("claimed again");
+    }
+
+    #[test]
+    fn the_control_socket_is_its_owners_alone_replaces_a_left_one_and_goes_with_the_record() {
+        use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+        let run = tempfile::tempdir().expect("directory");
+        let record = Record::claim_under(run.path(), "rt0").expect("claimed");
+        let path = record.directory.join(CONTROL_SOCKET);
+        // As a kill would: the file stays.
+        drop(record.control_socket().expect("a socket"));
+        assert!(path.exists());
+        let _listener = record.control_socket().expect("another socket");
+        let metadata = fs::metadata(&path).expect("a file");
+        assert!(metadata.file_type().is_socket());
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+        std::os::unix::net::UnixStream::connect(&path).expect("somebody listens");
+        let instance = Instance {
+            interface: "rt0".into(),
+            directory: record.directory.clone(),
+        };
+        assert_eq!(instance.life(), Life::Running);
+
+        // What could not be undone keeps the record, but not the socket.
+        let mut record = record;
+        record
+            .push(Undo::DeleteTable("ringtun".into()))
+            .expect("recorded");
+        record.remove_if_empty();
+        assert!(!path.exists() && record.directory.exists());
+        drop(record);
+        assert_eq!(instance.life(), Life::Killed);
+        let mut record = Record::claim_under(run.path(), "rt0").expect("claimed again");
+        record.content.undo.clear();
+        record.remove_if_empty();
+        drop(record);
+        assert_eq!(instance.life(), Life::Gone);
     }
 
     #[test]

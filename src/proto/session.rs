@@ -190,6 +190,13 @@ impl Sessions {
         self.peers.get(&connection).map(String::as_str)
     }
 
+    /// All sessions, by peer name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Session)> {
+        self.by_peer
+            .iter()
+            .map(|(peer, session)| (peer.as_str(), session))
+    }
+
     /// The snapshot for the workers.
     pub fn routes(&self) -> RouteTable {
         let mut routes = RouteTable::empty();
@@ -204,6 +211,13 @@ impl Session {
     /// Its inner addresses.
     pub fn addresses(&self) -> [IpAddr; 2] {
         [self.lease.v4.into(), self.lease.v6.into()]
+    }
+
+    /// Its connections with their ordinals.
+    pub fn connections(&self) -> impl Iterator<Item = (u8, ConnectionRef)> {
+        self.connections
+            .iter()
+            .map(|(ordinal, connection)| (*ordinal, *connection))
     }
 
     /// Its connections, by ordinal.

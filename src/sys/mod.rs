@@ -9,4 +9,5 @@ pub mod route;
 pub mod sandbox;
 pub mod socket;
 pub mod sysctl;
+pub mod tcp_info;
 pub mod tun;

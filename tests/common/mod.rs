@@ -7,6 +7,7 @@
 pub mod connect_ip;
 pub mod host_state;
 pub mod processes;
+pub mod status;
 pub mod tls_client;
 pub mod transfer;
 

@@ -50,6 +50,14 @@ pub fn in_host(host: &Host) -> Vec<String> {
     there.map(command_line).collect()
 }
 
+/// The number that a process has within its host.
+pub fn number_in_host(pid: i32) -> i32 {
+    let numbers = status_field(pid, "NSpid");
+    let own = numbers.split_whitespace().last();
+    own.and_then(|number| number.parse().ok())
+        .expect("a number")
+}
+
 /// The numbers and names of a process's threads.
 pub fn threads(pid: i32) -> Vec<(i32, String)> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a running process");

@@ -1,0 +1,368 @@
+//! What `ringtun status` shows: one document for each running server or client.
+//!
+//! The daemon fills it in (`control/status.rs`) and sends it as JSON by its control socket; the command reads it
+//! ([`query`]) and prints it as it is or for people ([`text`]). `docs/status.md` describes it for those who read the
+//! JSON. Fields may be added; [`FORMAT`] changes when one is removed or comes to mean something else. No secret is ever
+//! in it.
+
+pub mod query;
+pub mod text;
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::stats::{ConnectionCounts, WorkerCounts};
+use crate::sys::netns::NetnsId;
+use crate::sys::tcp_info::TcpInfo;
+
+/// The version of the document.
+pub const FORMAT: u32 = 1;
+
+/// Which side it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// `ringtun server`.
+    Server,
+    /// `ringtun client`.
+    Client,
+}
+
+/// Everything about one running server or client.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// ringtun's version.
+    pub version: String,
+    /// Which side it is.
+    pub role: Role,
+    /// The tunnel's interface.
+    pub interface: String,
+    /// Its MTU.
+    pub mtu_bytes: u16,
+    /// The network namespace, as the record of changes has it.
+    pub network_namespace: NetnsId,
+    /// The privileged process, the one to signal.
+    pub keeper_pid: i32,
+    /// The unprivileged process.
+    pub daemon_pid: u32,
+    /// How long it has been running.
+    pub up_seconds: f64,
+    /// What the tunnel's interface takes unsegmented, by name.
+    pub tun_offloads: Vec<String>,
+    /// A server's own part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<Server>,
+    /// A client's own part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client: Option<Client>,
+    /// The threads that move packets, by index.
+    pub workers: Vec<Worker>,
+    /// Who is connected, by peer name; a client has the one that it keeps up. The last field, so that the daemon can send
+    /// it piece by piece.
+    pub sessions: Vec<Session>,
+}
+
+/// A server's own part.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Server {
+    /// Where it listens.
+    pub listeners: Vec<SocketAddr>,
+    /// Inner IPv4 addresses for clients.
+    pub pool_v4: IpNet,
+    /// Inner IPv6 addresses for clients.
+    pub pool_v6: IpNet,
+    /// How many are invited.
+    pub peers: usize,
+    /// Whether clients get IPv6.
+    pub ipv6_uplink: bool,
+    /// Nameservers that clients are told.
+    pub dns: Vec<IpAddr>,
+}
+
+/// How a client's tunnel stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// There was no connection yet.
+    Connecting,
+    /// At least one connection is there.
+    Up,
+    /// All connections are gone, and it tries to get one.
+    Reconnecting,
+}
+
+/// A client's own part.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Client {
+    /// How the tunnel stands.
+    pub state: State,
+    /// For how long it has stood so.
+    pub state_seconds: f64,
+    /// The server as the invite names it, `HOST:PORT`.
+    pub server: String,
+    /// The connections that it keeps up.
+    pub connections_wanted: usize,
+    /// Addresses that the server assigned.
+    pub addresses: Vec<IpNet>,
+    /// What goes through the tunnel.
+    pub routes: Vec<IpNet>,
+    /// Whether IPv6 is blocked, because the server carries none.
+    pub ipv6_blocked: bool,
+    /// Nameservers in use while the tunnel is up; none leaves the host's own.
+    pub dns: Vec<IpAddr>,
+    /// What went wrong last at each of the server's addresses, since a connection last succeeded.
+    pub failures: Vec<String>,
+}
+
+/// One worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Worker {
+    /// How it uses io_uring.
+    pub io: WorkerIo,
+    /// What it has counted; what was dropped is in the `dropped_` fields, by reason.
+    pub counters: WorkerCounts,
+}
+
+/// How a worker uses io_uring: what was found out when it started.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerIo {
+    /// How its ring is set up: `deferred`, `cooperative` or `plain`.
+    pub ring: String,
+    /// Packet memory that it has.
+    pub buffer_bytes: u64,
+    /// Whether that is registered with the ring.
+    pub buffers_registered: bool,
+}
+
+/// Connections with one token and one client process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Session {
+    /// The peer's name; a client does not know the name that the server has for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
+    /// The client process, by the random identifier that it chose.
+    pub instance: String,
+    /// The client's inner addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Its connections, by ordinal; none while the client is away.
+    pub connections: Vec<Connection>,
+}
+
+/// One TCP connection of a session.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Connection {
+    /// Its place in the session.
+    pub ordinal: u8,
+    /// The other side's outer address.
+    pub peer_address: SocketAddr,
+    /// The index of the worker that has it.
+    pub worker: u16,
+    /// How long it has carried packets.
+    pub age_seconds: f64,
+    /// How long ago something was received.
+    pub received_age_seconds: f64,
+    /// The application protocol, by ALPN; empty if none was asked for.
+    pub alpn: String,
+    /// TLS: the cipher suite.
+    pub cipher_suite: String,
+    /// TLS: the group of the key exchange.
+    pub key_exchange: String,
+    /// What the peer takes unsegmented, by name; null for a peer that knows plain packets only.
+    pub peer_offloads: Option<Vec<String>>,
+    /// Packets that wait to be sent.
+    pub queue_packets: u64,
+    /// Their bytes.
+    pub queue_bytes: u64,
+    /// What was counted; what was dropped is in the `dropped_` fields, by reason.
+    pub counters: ConnectionCounts,
+    /// What the kernel says of the TCP connection.
+    pub tcp: TcpInfo,
+}
+
+impl Report {
+    /// The document in pieces that together are what serde_json would make of it, so that a long list of sessions needs
+    /// neither much memory nor much time at once.
+    ///
+    /// # Errors
+    /// Nothing here can fail to be JSON.
+    pub fn into_pieces(mut self) -> serde_json::Result<Pieces> {
+        const END: &str = "]}";
+        let sessions = std::mem::take(&mut self.sessions);
+        let mut head = serde_json::to_string(&self)?;
+        assert!(head.ends_with("\"sessions\":[]}"), "the last field");
+        head.truncate(head.len() - END.len());
+        Ok(Pieces {
+            head: Some(head),
+            sessions: sessions.into_iter(),
+            is_first: true,
+            is_finished: false,
+        })
+    }
+}
+
+/// See [`Report::into_pieces`].
+#[derive(Debug)]
+pub struct Pieces {
+    head: Option<String>,
+    sessions: std::vec::IntoIter<Session>,
+    is_first: bool,
+    is_finished: bool,
+}
+
+impl Pieces {
+    /// Sessions of one piece.
+    const SESSIONS: usize = 32;
+
+    /// The next piece; none after the last.
+    ///
+    /// # Errors
+    /// Nothing here can fail to be JSON.
+    pub fn next_piece(&mut self) -> io::Result<Option<Vec<u8>>> {
+        if self.is_finished {
+            return Ok(None);
+        }
+        let mut piece = self.head.take().unwrap_or_default().into_bytes();
+        for session in self.sessions.by_ref().take(Self::SESSIONS) {
+            if !std::mem::take(&mut self.is_first) {
+                piece.push(b',');
+            }
+            serde_json::to_writer(&mut piece, &session)?;
+        }
+        if self.sessions.len() == 0 {
+            self.is_finished = true;
+            piece.extend_from_slice(b"]}\n");
+        }
+        Ok(Some(piece))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod examples {
+    use super::*;
+
+    /// A connection like any other.
+    pub(crate) fn connection(ordinal: u8) -> Connection {
+        Connection {
+            ordinal,
+            peer_address: "203.0.113.5:41234".parse().expect("address"),
+            worker: 1,
+            age_seconds: 75.0,
+            received_age_seconds: 0.25,
+            alpn: "http/1.1".into(),
+            cipher_suite: "TLS13_AES_128_GCM_SHA256".into(),
+            key_exchange: "X25519MLKEM768".into(),
+            peer_offloads: Some(vec!["csum".into(), "tso4".into()]),
+            queue_packets: 3,
+            queue_bytes: 4096,
+            counters: ConnectionCounts {
+                sent_packets: 1000,
+                sent_bytes: 1 << 30,
+                received_packets: 10,
+                received_bytes: 1500,
+                dropped_spoofed: 2,
+                ..ConnectionCounts::default()
+            },
+            tcp: TcpInfo::default(),
+        }
+    }
+
+    /// A session with one connection.
+    pub(crate) fn session(peer: &str) -> Session {
+        Session {
+            peer: Some(peer.into()),
+            instance: "00".repeat(16),
+            addresses: vec![IpAddr::from([10, 87, 0, 2])],
+            connections: vec![connection(0)],
+        }
+    }
+
+    /// A server with these sessions.
+    pub(crate) fn server(sessions: Vec<Session>) -> Report {
+        Report {
+            format: FORMAT,
+            version: "0.1.0".into(),
+            role: Role::Server,
+            interface: "ringtun0".into(),
+            mtu_bytes: 1500,
+            network_namespace: NetnsId {
+                inode: 4_026_531_840,
+                cookie: Some(1),
+                boot: "boot".into(),
+            },
+            keeper_pid: 10,
+            daemon_pid: 11,
+            up_seconds: 7384.0,
+            tun_offloads: vec!["csum".into(), "tso4".into(), "tso6".into()],
+            server: Some(Server {
+                listeners: vec!["[::]:443".parse().expect("address")],
+                pool_v4: "10.87.0.0/16".parse().expect("prefix"),
+                pool_v6: "fd00::/64".parse().expect("prefix"),
+                peers: 3,
+                ipv6_uplink: true,
+                dns: Vec::new(),
+            }),
+            client: None,
+            workers: vec![Worker {
+                io: WorkerIo {
+                    ring: "deferred".into(),
+                    buffer_bytes: 16 << 20,
+                    buffers_registered: true,
+                },
+                counters: WorkerCounts {
+                    tun_read_packets: 12,
+                    dropped_no_route: 4,
+                    ..WorkerCounts::default()
+                },
+            }],
+            sessions,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn joined(report: Report) -> (usize, Vec<u8>) {
+        let mut pieces = report.into_pieces().expect("pieces");
+        let (mut count, mut longest, mut all) = (0, 0, Vec::new());
+        while let Some(piece) = pieces.next_piece().expect("a piece") {
+            count += 1;
+            longest = longest.max(piece.len());
+            all.extend(piece);
+        }
+        assert!(longest < 64 * 1024, "a piece of {longest} bytes");
+        (count, all)
+    }
+
+    #[test]
+    fn the_pieces_are_the_document() {
+        for sessions in [0, 1, 2, 31, 32, 33, 64, 100] {
+            let sessions: Vec<_> = (0..sessions)
+                .map(|number| examples::session(&format!("peer{number}")))
+                .collect();
+            let report = examples::server(sessions);
+            let mut whole = serde_json::to_vec(&report).expect("JSON");
+            whole.push(b'\n');
+            assert_eq!(joined(report).1, whole);
+        }
+    }
+
+    #[test]
+    fn thousands_of_sessions_come_in_small_pieces_and_can_be_read_again() {
+        let sessions: Vec<_> = (0..5000)
+            .map(|number| examples::session(&format!("peer{number}")))
+            .collect();
+        let report = examples::server(sessions);
+        let (pieces, bytes) = joined(report.clone());
+        assert_eq!(pieces, 5000_usize.div_ceil(Pieces::SESSIONS));
+        assert!(bytes.len() < query::ANSWER_BYTES_MAX as usize / 4);
+        let read: Report = serde_json::from_slice(&bytes).expect("a report");
+        assert_eq!(read, report);
+    }
+}
