@@ -281,6 +281,21 @@ pub(crate) mod examples {
         }
     }
 
+    /// A client's part, in the middle of an outage.
+    pub(crate) fn client() -> Client {
+        Client {
+            state: State::Reconnecting,
+            state_seconds: 12.5,
+            server: "server.example:443".into(),
+            connections_wanted: 2,
+            addresses: vec!["10.87.0.2/32".parse().expect("prefix")],
+            routes: vec!["0.0.0.0/0".parse().expect("prefix")],
+            ipv6_blocked: true,
+            dns: Vec::new(),
+            failures: vec!["198.51.100.10:443: connection refused".into()],
+        }
+    }
+
     /// A server with these sessions.
     pub(crate) fn server(sessions: Vec<Session>) -> Report {
         Report {
@@ -351,6 +366,45 @@ mod tests {
             whole.push(b'\n');
             assert_eq!(joined(report).1, whole);
         }
+    }
+
+    /// The names of all fields.
+    fn names(value: &serde_json::Value, found: &mut std::collections::BTreeSet<String>) {
+        match value {
+            serde_json::Value::Object(fields) => {
+                for (name, value) in fields {
+                    found.insert(name.clone());
+                    names(value, found);
+                }
+            }
+            serde_json::Value::Array(values) => {
+                values.iter().for_each(|value| names(value, found));
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn every_field_is_described() {
+        let mut report = examples::server(vec![examples::session("alice")]);
+        report.client = Some(examples::client());
+        let mut found = std::collections::BTreeSet::new();
+        names(&serde_json::to_value(&report).expect("JSON"), &mut found);
+        let page = include_str!("../docs/status.md");
+        // In code, with or without a path in front, and `dropped_` is left out.
+        let is_described = |name: &str| {
+            let name = name.strip_prefix("dropped_").unwrap_or(name);
+            ["`", "."].iter().any(|before| {
+                ["`", "[]`"]
+                    .iter()
+                    .any(|after| page.contains(&format!("{before}{name}{after}")))
+            })
+        };
+        let missing: Vec<_> = found
+            .iter()
+            .filter(|name| !["io", "counters"].contains(&name.as_str()) && !is_described(name))
+            .collect();
+        assert!(missing.is_empty(), "not in docs/status.md: {missing:?}");
     }
 
     #[test]

@@ -279,6 +279,26 @@ pool_v4 = \"10.88.0.0/16\"
     );
 }
 
+#[rstest]
+fn a_client_without_a_server_says_what_is_wrong(lab: Lab) {
+    let server = start_server(&lab, &[]);
+    let invite = invite(&lab, "client");
+    stop(&server);
+    let host = lab.host("client");
+    let _client = host.spawn(RINGTUN, ["client", &invite]).expect("ringtun");
+    let connecting = until("client that has tried", || {
+        // There is nothing to ask before it listens.
+        let output = host.run(RINGTUN, ["status", "--json"]).expect("status");
+        let status: Value = serde_json::from_str(&output.text()).ok()?;
+        (!list(&status["client"], "failures").is_empty()).then_some(status)
+    });
+    assert_eq!(connecting["client"]["state"], "connecting");
+    assert!(connections(&connecting).is_empty());
+    let failure = connecting["client"]["failures"][0].as_str();
+    let failure = failure.expect("a line");
+    assert!(failure.contains(&format!("{SERVER_V4}:")), "{failure}");
+}
+
 /// One line on standard error, nothing on standard output, exit code 1.
 fn assert_fails(host: &Host, arguments: &[&str], expected: &str) {
     let output = host.run(RINGTUN, arguments).expect("ringtun");

@@ -300,7 +300,7 @@ impl Table {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Client, State, examples};
+    use super::super::examples;
     use super::*;
 
     #[test]
@@ -367,17 +367,7 @@ ringtun0: server, up 2 h 3 min (version 0.1.0, keeper 10, daemon 11)
         let mut report = examples::server(Vec::new());
         report.role = Role::Client;
         report.server = None;
-        report.client = Some(Client {
-            state: State::Reconnecting,
-            state_seconds: 12.5,
-            server: "server.example:443".into(),
-            connections_wanted: 2,
-            addresses: vec!["10.87.0.2/32".parse().expect("prefix")],
-            routes: vec!["0.0.0.0/0".parse().expect("prefix")],
-            ipv6_blocked: true,
-            dns: Vec::new(),
-            failures: vec!["198.51.100.10:443: connection refused".into()],
-        });
+        report.client = Some(examples::client());
         let shown = text(&report);
         for line in [
             "ringtun0: client, up ",
