@@ -40,7 +40,7 @@ e2e *args:
 lab: release
     ci/as-root {{ target }}/release/lab demo
 
-# Measure the direct path against ringtun: `just bench --quick --json figures.json`
+# Compare ringtun with other tunnels and with none: `just bench --quick --html report.html`
 bench *args: release
     ci/as-root {{ target }}/release/lab bench {{ args }}
 

@@ -3,8 +3,6 @@
 //! Both families are masqueraded: the LAN's addresses are private in IPv4 and in IPv6, so that the internet
 //! side needs no route back and sees the firewall's own address.
 
-use std::net::IpAddr;
-
 use crate::host::Host;
 use crate::process::ProcessError;
 
@@ -29,22 +27,6 @@ pub enum Policy {
 /// When `nft` is missing or refuses.
 pub fn apply(firewall: &Host, policy: Policy) -> Result<(), ProcessError> {
     load(firewall, ruleset(policy))
-}
-
-/// Lets ICMP echo of one LAN host out, for measurements without a tunnel.
-///
-/// # Errors
-/// When `nft` refuses.
-pub fn allow_echo(firewall: &Host, from: IpAddr) -> Result<(), ProcessError> {
-    let rule = match from {
-        IpAddr::V4(from) => {
-            format!("insert rule inet lab forward ip saddr {from} icmp type echo-request accept\n")
-        }
-        IpAddr::V6(from) => format!(
-            "insert rule inet lab forward ip6 saddr {from} icmpv6 type echo-request accept\n"
-        ),
-    };
-    load(firewall, rule)
 }
 
 fn load(firewall: &Host, ruleset: String) -> Result<(), ProcessError> {

@@ -319,7 +319,7 @@ impl Ping {
 }
 
 /// The `time=0.123 ms` of every answer that `ping` printed.
-fn round_trips_us(report: &str) -> Vec<u64> {
+pub(crate) fn round_trips_us(report: &str) -> Vec<u64> {
     let times = report.lines().filter_map(|line| {
         let (_, time) = line.split_once("time=")?;
         time.split_once(' ')?.0.parse::<f64>().ok()

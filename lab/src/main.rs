@@ -2,17 +2,20 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader, Read, stdout};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, stderr, stdout};
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{self, Command, ExitCode, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use nix::unistd::setsid;
-use ringtun_lab::bench::{self, Effort};
-use ringtun_lab::netns::become_root;
+use ringtun_lab::bench::options::Options;
+use ringtun_lab::bench::{self, html, svg};
+use ringtun_lab::netns::{Ender, become_root};
 use ringtun_lab::report::Report;
 use ringtun_lab::standing::{self, Standing};
 use ringtun_lab::{Host, Lab, Topology, scenario};
@@ -65,16 +68,12 @@ enum Action {
         /// client, client2, firewall, internet, server or web
         host: String,
     },
-    /// Measure the direct path against ringtun
+    /// Measure ringtun, the same path without a tunnel, and other tunnels
     Bench {
         #[command(flatten)]
         ringtun: Ringtun,
-        /// One minute instead of five
-        #[arg(long)]
-        quick: bool,
-        /// Write all figures to a file
-        #[arg(long, value_name = "FILE")]
-        json: Option<PathBuf>,
+        #[command(flatten)]
+        options: Options,
     },
     /// What `lab up` leaves behind
     #[command(hide = true)]
@@ -124,11 +123,7 @@ fn perform(action: Action) -> anyhow::Result<ExitCode> {
             command,
         } => exec(&standing::find(&name.name, &host)?, &command),
         Action::Shell { name, host } => shell(&standing::find(&name.name, &host)?),
-        Action::Bench {
-            ringtun,
-            quick,
-            json,
-        } => measure(ringtun, quick, json.as_deref()),
+        Action::Bench { ringtun, options } => measure(ringtun, &options),
         Action::Hold { name, topology } => hold(&name.name, topology),
     }
 }
@@ -150,24 +145,34 @@ fn demo(ringtun: Ringtun) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn measure(ringtun: Ringtun, quick: bool, json: Option<&Path>) -> anyhow::Result<ExitCode> {
+fn measure(ringtun: Ringtun, options: &Options) -> anyhow::Result<ExitCode> {
+    // What cannot be written should be known before half an hour has passed.
+    let files = options.files();
+    for path in files.into_iter().flatten() {
+        let opened = File::options().create(true).append(true).open(path);
+        opened.with_context(|| format!("{} cannot be written", path.display()))?;
+    }
     let Some(ringtun) = ringtun.find() else {
         return Ok(no_ringtun());
     };
     become_root()?;
-    let effort = if quick { Effort::QUICK } else { Effort::FULL };
-    let on_signal = end_on_signal()?;
-    let figures = bench::run(&ringtun, effort, on_signal, |line| {
-        eprintln!("{line}");
-        Ok(())
-    })?;
+    let on_lab = end_on_signal()?;
+    let figures = bench::run(&ringtun, options.plan(), on_lab, |line| eprintln!("{line}"))?;
     print!("{}", figures.to_table());
-    if let Some(path) = json {
-        let text = serde_json::to_string_pretty(&figures)? + "\n";
-        std::fs::write(path, text)
-            .with_context(|| format!("{} cannot be written", path.display()))?;
+    let texts = [
+        serde_json::to_string_pretty(&figures)? + "\n",
+        html::page(&figures),
+        svg::sheet(&figures, &svg::Plot::FEW),
+        figures.to_markdown(),
+    ];
+    for (path, text) in files.into_iter().zip(texts) {
+        let Some(path) = path else { continue };
+        fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(match figures.has_failed() {
+        true => ExitCode::FAILURE,
+        false => ExitCode::SUCCESS,
+    })
 }
 
 /// Starts the holder and waits until the lab is there.
@@ -235,18 +240,23 @@ fn shell(host: &Host) -> anyhow::Result<ExitCode> {
     ))
 }
 
-/// Makes Ctrl-C and SIGTERM end the lab before they end the program. The answer is to be called with the lab.
-fn end_on_signal() -> anyhow::Result<impl FnOnce(&Lab)> {
+/// Makes Ctrl-C and SIGTERM end labs before they end the program. The answer is to be called with every lab.
+fn end_on_signal() -> anyhow::Result<impl FnMut(&Lab)> {
     let signals = Signals::catch()?;
-    Ok(move |lab: &Lab| {
-        let ender = lab.ender();
-        thread::spawn(move || {
-            let number = signals.wait();
-            // Nobody is to read what a lab without processes looks like.
-            let _silence = stdout().lock();
+    let enders = Arc::new(Mutex::new(Vec::<Ender>::new()));
+    let to_end = Arc::clone(&enders);
+    thread::spawn(move || {
+        let number = signals.wait();
+        // Nobody is to read what a lab without processes looks like.
+        let _silence = (stdout().lock(), stderr().lock());
+        for ender in to_end.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             ender.end();
-            process::exit(128 + number);
-        });
+        }
+        process::exit(128 + number);
+    });
+    Ok(move |lab: &Lab| {
+        let mut enders = enders.lock().unwrap_or_else(PoisonError::into_inner);
+        enders.push(lab.ender());
     })
 }
 

@@ -179,7 +179,6 @@ fn finish(served: Result<(), KeeperError>, changes: Changes) -> Result<u8, Keepe
     Ok(0)
 }
 
-/// Cores that this process may use: as many workers as there can be use for.
-pub(crate) fn cores() -> usize {
+fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }

@@ -3,5 +3,4 @@
 pub mod buffer;
 pub mod probe;
 pub mod ring;
-pub mod survey;
 pub mod token;

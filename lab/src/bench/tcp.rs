@@ -1,0 +1,155 @@
+//! TCP throughput by iperf3.
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::BenchError;
+use super::metric::Direction;
+use crate::host::Host;
+use crate::process::Process;
+
+/// How long an iperf3 run may take beyond its measuring time.
+const OVERHEAD: Duration = Duration::from_secs(20);
+/// How long connections may take to come about, in iperf3's milliseconds.
+const CONNECT_LIMIT_MS: &str = "5000";
+/// How long a stream may take until it flows.
+const FLOWS_LIMIT: Duration = Duration::from_secs(15);
+
+/// An iperf3 client's run.
+#[derive(Clone, Copy, Debug)]
+pub struct Stream {
+    /// The iperf3 server.
+    pub to: (Ipv4Addr, u16),
+    /// Which way.
+    pub direction: Direction,
+    /// How many connections at once.
+    pub streams: usize,
+    /// How long it measures.
+    pub seconds: u32,
+    /// How many seconds before that are not counted.
+    pub omitted_seconds: u32,
+}
+
+/// What iperf3 saw.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Transfer {
+    /// What the receiver got, while it was counted.
+    pub megabits_per_second: f64,
+    /// All payload of the run, the omitted seconds included.
+    pub bytes: f64,
+    /// The congestion control of the sending end.
+    pub congestion_control: String,
+}
+
+impl Stream {
+    /// Runs it on `client`.
+    ///
+    /// # Errors
+    /// When iperf3 fails.
+    pub fn run(self, client: &Host) -> Result<Transfer, BenchError> {
+        let measuring = Duration::from_secs(u64::from(self.seconds + self.omitted_seconds));
+        let report = client
+            .command("iperf3")
+            .arg("--json")
+            .args(self.arguments())
+            .limit(measuring + OVERHEAD)
+            .run()?;
+        transfer(&report.text()).map_err(BenchError::NoRate)
+    }
+
+    /// Starts it on `client` as a load for other measurements, and returns once it flows.
+    ///
+    /// # Errors
+    /// When iperf3 fails.
+    pub fn load(self, client: &Host) -> Result<Process, BenchError> {
+        let iperf3 = client
+            .command("iperf3")
+            .args(["--forceflush", "--interval", "0.2", "--format", "m"])
+            .args(self.arguments())
+            .spawn()?;
+        iperf3.wait_for_line("Mbits/sec", FLOWS_LIMIT)?;
+        Ok(iperf3)
+    }
+
+    fn arguments(self) -> Vec<String> {
+        let (address, port) = self.to;
+        let mut arguments: Vec<String> = [
+            "--client",
+            &address.to_string(),
+            "--port",
+            &port.to_string(),
+            "--connect-timeout",
+            CONNECT_LIMIT_MS,
+            "--parallel",
+            &self.streams.to_string(),
+            "--time",
+            &self.seconds.to_string(),
+            "--omit",
+            &self.omitted_seconds.to_string(),
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        if self.direction == Direction::Down {
+            arguments.push("--reverse".to_owned());
+        }
+        arguments
+    }
+}
+
+/// The figures in an iperf3 report, or what iperf3 says instead.
+fn transfer(report: &str) -> Result<Transfer, String> {
+    let complaint = || report.trim().to_owned();
+    let report: Value = serde_json::from_str(report).map_err(|_| complaint())?;
+    let number = |value: &Value, path: &str| value.pointer(path).and_then(Value::as_f64);
+    let bits_per_second =
+        number(&report, "/end/sum_received/bits_per_second").ok_or_else(|| {
+            report["error"]
+                .as_str()
+                .map_or_else(complaint, str::to_owned)
+        })?;
+    let intervals = report["intervals"].as_array().into_iter().flatten();
+    Ok(Transfer {
+        megabits_per_second: bits_per_second / 1e6,
+        bytes: intervals
+            .filter_map(|interval| number(interval, "/sum/bytes"))
+            .sum(),
+        congestion_control: report["end"]["sender_tcp_congestion"]
+            .as_str()
+            .unwrap_or("unknown")
+            .to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_receiver_counts_and_all_intervals_cost() {
+        let report = r#"{
+            "intervals": [{"sum": {"bytes": 5e8, "omitted": true}}, {"sum": {"bytes": 1e9}}],
+            "end": {
+                "sum_sent": {"bits_per_second": 9e9},
+                "sum_received": {"bits_per_second": 8e9},
+                "sender_tcp_congestion": "bbr"
+            }
+        }"#;
+        let expected = Transfer {
+            megabits_per_second: 8000.0,
+            bytes: 1.5e9,
+            congestion_control: "bbr".to_owned(),
+        };
+        assert_eq!(transfer(report), Ok(expected));
+    }
+
+    #[test]
+    fn a_complaint_is_passed_on() {
+        assert_eq!(
+            transfer(r#"{"error":"unable to connect"}"#),
+            Err("unable to connect".to_owned())
+        );
+        assert_eq!(transfer("no JSON\n"), Err("no JSON".to_owned()));
+    }
+}
