@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::doctor::Role;
+
 const ABOUT: &str = "A tunnel through firewalls that let out nothing but TCP 80 and 443.";
 
 const AFTER_HELP: &str = "\
@@ -30,6 +32,13 @@ Bytes and packets are those inside the tunnel, where a packet may be one of up t
 
 Exit codes: 0 everything that runs has answered, 1 nothing runs or something does
 not answer, 2 bad usage.";
+
+const DOCTOR_HELP: &str = "\
+It rehearses a start and undoes it at once: nothing is changed on the host, and
+a running ringtun is not disturbed. Run it as root, as the server and the client.
+
+Each line is ok, degraded (it runs, but worse than it could), broken or n/a, with
+the fix below. Exit code 0 if the role can run, without --role if both can, else 1.";
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -57,6 +66,9 @@ pub enum Command {
     Status(StatusArgs),
     /// List the server's peers, or revoke one
     Peers(PeersArgs),
+    /// Look whether this host can run ringtun, and say what to do where it cannot
+    #[command(after_help = DOCTOR_HELP)]
+    Doctor(DoctorArgs),
     /// The unprivileged half, started by the server and the client
     #[command(hide = true)]
     Daemon,
@@ -132,6 +144,30 @@ pub struct StatusArgs {
     pub interface: Option<String>,
 }
 
+/// `ringtun doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// What this host is to be [default: both are looked at]
+    #[arg(long, value_enum)]
+    pub role: Option<Role>,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+    /// Configuration file of the role [default: those of `ringtun server` and `ringtun client`]
+    #[arg(short, long, value_name = "FILE", requires = "role")]
+    pub config: Option<PathBuf>,
+    /// Where the server's state is kept [default: /var/lib/ringtun]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Where the server is to listen
+    #[arg(
+        long,
+        value_name = "ADDR",
+        help = "Address and port that the server is to listen on; may be repeated [default: [::]:443 and [::]:80]"
+    )]
+    pub listen: Vec<SocketAddr>,
+}
+
 /// `ringtun peers`.
 #[derive(Debug, Args)]
 pub struct PeersArgs {
@@ -179,6 +215,9 @@ mod tests {
             "ringtun down",
             "ringtun status",
             "ringtun status --json --interface ringtun1",
+            "ringtun doctor",
+            "ringtun doctor --role client --json -c f",
+            "ringtun doctor --role server --state-dir d --listen [::]:443 --listen [::]:80",
             "ringtun peers --state-dir d",
             "ringtun peers list",
             "ringtun peers --state-dir d revoke alice",

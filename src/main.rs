@@ -7,11 +7,12 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 use ringtun::cli::{
-    Cli, ClientArgs, Command, InviteArgs, PeersArgs, PeersCommand, ServerArgs, StateArgs,
-    StatusArgs,
+    Cli, ClientArgs, Command, DoctorArgs, InviteArgs, PeersArgs, PeersCommand, ServerArgs,
+    StateArgs, StatusArgs,
 };
 use ringtun::config::{ClientConfig, ConfigError, ServerConfig};
 use ringtun::control::{self, chain};
+use ringtun::doctor::{self, Role};
 use ringtun::invite::{Host, Invite, InviteError, PORT_DEFAULT, Pin, parse_host_and_port};
 use ringtun::keeper::state::{StateDir, StateError};
 use ringtun::keeper::{self, KeeperError};
@@ -23,7 +24,7 @@ use tracing_subscriber::EnvFilter;
 
 /// Asked to stop.
 const EXIT_OK: u8 = 0;
-/// Failed at run time.
+/// Failed, or found something broken.
 const EXIT_FAILED: u8 = 1;
 /// Bad usage or configuration, as clap has it.
 const EXIT_USAGE: u8 = 2;
@@ -47,6 +48,8 @@ enum Failure {
     Stdin(#[source] std::io::Error),
     #[error("{INVITE_VARIABLE} is not text")]
     NotText,
+    #[error("--state-dir and --listen are a server's: leave them out with `--role client`")]
+    ServerOptions,
 
     #[error(transparent)]
     State(#[from] StateError),
@@ -69,6 +72,7 @@ impl Failure {
             | Failure::Invite(_)
             | Failure::NoInvite
             | Failure::NotText
+            | Failure::ServerOptions
             | Failure::Certificate(_) => EXIT_USAGE,
             Failure::Keeper(error) => error.exit_code(),
             Failure::Stdin(_)
@@ -90,7 +94,7 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_USAGE);
         }
     };
-    start_logging();
+    start_logging(&cli.command);
     let code = match run(cli.command) {
         Ok(code) => code,
         Err(failure) => {
@@ -117,8 +121,13 @@ fn on_one_line(error: &clap::Error) -> String {
     line.strip_prefix("error: ").unwrap_or(&line).to_owned()
 }
 
-fn start_logging() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+fn start_logging(command: &Command) {
+    let level = match command {
+        // What it finds is in its report.
+        Command::Doctor(_) => "off",
+        _ => "info",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
@@ -136,6 +145,7 @@ fn run(command: Command) -> Result<u8, Failure> {
         }
         Command::Down(arguments) => Ok(keeper::down(arguments.interface.as_deref())?),
         Command::Status(arguments) => status(&arguments),
+        Command::Doctor(arguments) => doctor(arguments),
         Command::Invite(arguments) => invite(&arguments),
         Command::Peers(arguments) => peers(arguments),
         // The ring of the control thread is never torn down, so the process must not wait for it.
@@ -176,6 +186,46 @@ fn client_config(arguments: ClientArgs) -> Result<(ClientConfig, Invite), Failur
         },
     };
     Ok((config, text.trim().parse()?))
+}
+
+/// Looks at the host for one role or both, and says what was found.
+fn doctor(arguments: DoctorArgs) -> Result<u8, Failure> {
+    let DoctorArgs { role, config, .. } = arguments;
+    let has_server_options = arguments.state_dir.is_some() || !arguments.listen.is_empty();
+    if role == Some(Role::Client) && has_server_options {
+        return Err(Failure::ServerOptions);
+    }
+    let server = match role {
+        Some(Role::Client) => None,
+        _ => Some(server_config(ServerArgs {
+            state: StateArgs {
+                config: config.clone(),
+                state_dir: arguments.state_dir,
+            },
+            listen: arguments.listen,
+        })?),
+    };
+    let client = match role {
+        Some(Role::Server) => None,
+        _ => {
+            let client = ClientConfig::load(config.as_deref())?;
+            client.validate()?;
+            Some(client)
+        }
+    };
+    let findings = doctor::gather(server.as_ref(), client.as_ref());
+    let report = doctor::judge(&findings, role);
+    let text = if arguments.json {
+        report.json() + "\n"
+    } else {
+        report.text(std::io::stdout().is_terminal())
+    };
+    print(&text)?;
+    Ok(if report.can_run() {
+        EXIT_OK
+    } else {
+        EXIT_FAILED
+    })
 }
 
 fn invite_from_stdin() -> Result<String, Failure> {

@@ -4,6 +4,7 @@ mod common;
 
 use std::net::TcpListener;
 
+use common::denial::deny_io_uring;
 use common::host_state::HostState;
 use common::processes::in_host;
 use common::{
@@ -13,7 +14,6 @@ use common::{
 use ringtun_lab::topology::SERVER_V6;
 use ringtun_lab::{Host, Lab, Process};
 use rstest::rstest;
-use seccompiler::{SeccompAction, SeccompFilter, TargetArch, apply_filter};
 
 /// An invite as good as any for what fails before the server is asked.
 const SOME_INVITE: &str =
@@ -88,23 +88,6 @@ fn io_uring_is_denied(lab: Lab, #[case] errno: i32) {
         before.assert_same(&HostState::of(host), "after a failed start");
         assert_eq!(in_host(host), [""; 0], "no process is left");
     }
-}
-
-/// As the seccomp profiles of container runtimes do.
-fn deny_io_uring(errno: i32) {
-    let calls = [
-        libc::SYS_io_uring_setup,
-        libc::SYS_io_uring_enter,
-        libc::SYS_io_uring_register,
-    ];
-    let filter = SeccompFilter::new(
-        calls.into_iter().map(|call| (call, Vec::new())).collect(),
-        SeccompAction::Allow,
-        SeccompAction::Errno(errno.cast_unsigned()),
-        TargetArch::try_from(std::env::consts::ARCH).expect("a known architecture"),
-    );
-    let program: seccompiler::BpfProgram = filter.expect("a filter").try_into().expect("a program");
-    apply_filter(&program).expect("seccomp");
 }
 
 #[rstest]

@@ -5,7 +5,7 @@ mod common;
 use std::time::Instant;
 
 use common::processes::{daemon_of, kill_9, kill_9_both, number_in_host};
-use common::status::{connections, dropped, list, number, status, status_text};
+use common::status::{connections, list, number, status, status_text, turned_away};
 use common::transfer::{Direction, Transfer};
 use common::{
     RINGTUN, SOON, Tunnel, assert_ended, inner_addresses, invite, lab, start_client, start_server,
@@ -72,14 +72,14 @@ fn both_sides_count_the_same_traffic(
     transfer.wait_for_more(MUCH_BYTES);
     let bytes = transfer.finish();
 
-    // What the sender has counted arrives a moment later, or is dropped: a client's kernel also speaks from link-local
+    // What the sender has counted arrives a moment later, or is turned away: a client's kernel also speaks from link-local
     // addresses, which are not its own in the tunnel.
     let (ours, theirs) = until("agreement of both sides", || {
         let (ours, theirs) = (status(client), status(server));
         let agree = {
             let (here, there) = (connections(&ours)[0], connections(&theirs)[0]);
             let sent = |one: &Value| number(one, "/counters/sent_packets");
-            let taken = |one: &Value| number(one, "/counters/received_packets") + dropped(one);
+            let taken = |one: &Value| number(one, "/counters/received_packets") + turned_away(one);
             sent(here) == taken(there) && sent(there) == taken(here)
         };
         agree.then_some((ours, theirs))

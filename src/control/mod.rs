@@ -40,7 +40,7 @@ use crate::proto::offload::Offloads;
 use crate::sys::sandbox;
 use crate::uring::buffer::BUDGET_BYTES_DEFAULT;
 use crate::uring::ring::PreparedRing;
-use crate::worker::{CloseCause, Event, WorkerError, WorkerSetup, Workers};
+use crate::worker::{self, CloseCause, Event, Rehearsal, WorkerError, WorkerSetup, Workers};
 
 /// Daemons that should be able to run side by side as one user with a bounded RLIMIT_MEMLOCK.
 const DAEMONS_PER_USER: usize = 4;
@@ -197,6 +197,32 @@ impl Rings {
         let setups = setups.collect::<Result<Vec<_>, WorkerError>>()?;
         Workers::start(setups, events)
     }
+}
+
+/// Sets up what a daemon with `workers` workers sets up of io_uring: the control thread's ring, and one worker's with
+/// its packet memory. The control thread's ring stays until the process ends.
+///
+/// # Errors
+/// What would end the daemon.
+pub fn rehearse(workers: usize) -> Result<Rehearsal, RehearsalError> {
+    let rings = Rings {
+        prepared: Vec::new(),
+        unlimited: sandbox::may_lock_memory(),
+    };
+    let ring = PreparedRing::new().map_err(WorkerError::from)?;
+    runtime::Runtime::new().map_err(RehearsalError::Control)?;
+    Ok(worker::rehearse(ring, rings.buffer_bytes(workers))?)
+}
+
+/// Why a daemon could not run.
+#[derive(Debug, thiserror::Error)]
+pub enum RehearsalError {
+    /// The workers.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    /// The control thread.
+    #[error("cannot set up the control thread's io_uring")]
+    Control(#[source] io::Error),
 }
 
 fn cores() -> usize {

@@ -85,19 +85,7 @@ impl Changes {
     /// # Errors
     /// [`ApplyError`].
     pub fn observe(&self) -> Result<Host, ApplyError> {
-        let interfaces = self.netlink.interfaces()?;
-        let mut host = Host {
-            routes: self.netlink.routes()?,
-            learned_ipv6: self.netlink.interfaces_with_learned_ipv6()?,
-            ..Host::default()
-        };
-        for key in settings_observed(&interfaces) {
-            if let Some(value) = sysctl::read(&key)? {
-                host.settings.insert(key, value);
-            }
-        }
-        host.interfaces = interfaces;
-        Ok(host)
+        observe(&self.netlink)
     }
 
     /// Records that the tunnel's interface is about to be made.
@@ -216,6 +204,26 @@ impl Changes {
             }),
         })
     }
+}
+
+/// What the host looks like now.
+///
+/// # Errors
+/// [`ApplyError`].
+pub fn observe(netlink: &Netlink) -> Result<Host, ApplyError> {
+    let interfaces = netlink.interfaces()?;
+    let mut host = Host {
+        routes: netlink.routes()?,
+        learned_ipv6: netlink.interfaces_with_learned_ipv6()?,
+        ..Host::default()
+    };
+    for key in settings_observed(&interfaces) {
+        if let Some(value) = sysctl::read(&key)? {
+            host.settings.insert(key, value);
+        }
+    }
+    host.interfaces = interfaces;
+    Ok(host)
 }
 
 /// `None` where a setting has the value already.

@@ -67,19 +67,24 @@ pub struct Blocker {
     pub family: Family,
     /// Whether it is certain; otherwise it depends on what cannot be told from here.
     pub certain: bool,
+    /// The port that is shut, if it is about one.
+    pub port: Option<u16>,
     /// Shell commands that let it through.
     pub fix: String,
 }
 
+impl Blocker {
+    /// What is wrong, without the fix.
+    pub fn complaint(&self) -> String {
+        let Blocker { chain, drops, .. } = self;
+        let drop = if self.certain { "drops" } else { "may drop" };
+        format!("another firewall ({chain}) {drop} {drops}")
+    }
+}
+
 impl fmt::Display for Blocker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Blocker {
-            chain, drops, fix, ..
-        } = self;
-        write!(
-            f,
-            "another firewall ({chain}) drops {drops}; let it through: {fix}"
-        )
+        write!(f, "{}; let it through: {}", self.complaint(), self.fix)
     }
 }
 
@@ -147,6 +152,10 @@ pub fn blockers(ruleset_json: &str, traffic: &Traffic<'_>) -> Vec<Blocker> {
                 drops: traffic.consequence(),
                 family: packet.family,
                 certain: outcome == Outcome::Dropped,
+                port: match traffic {
+                    Traffic::Listening { port, .. } => Some(*port),
+                    _ => None,
+                },
                 fix: fix(&ruleset, chain, traffic),
             })
         })

@@ -179,6 +179,7 @@ fn finish(served: Result<(), KeeperError>, changes: Changes) -> Result<u8, Keepe
     Ok(0)
 }
 
-fn cores() -> usize {
+/// Cores that this process may use: as many workers as there can be use for.
+pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }

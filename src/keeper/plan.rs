@@ -130,7 +130,8 @@ impl Host {
             .filter(|interface| !interface.loopback && interface.index != tunnel.index)
     }
 
-    fn default_routes(&self, tunnel: &Tunnel) -> impl Iterator<Item = &Route> {
+    /// The ways to everywhere, but the tunnel.
+    pub fn default_routes(&self, tunnel: &Tunnel) -> impl Iterator<Item = &Route> {
         let index = tunnel.index;
         self.routes.iter().filter(move |route| {
             route.unicast
@@ -143,6 +144,21 @@ impl Host {
     pub fn has_ipv6_uplink(&self, tunnel: &Tunnel) -> bool {
         self.default_routes(tunnel)
             .any(|route| route.destination.addr().is_ipv6())
+    }
+
+    /// Makes the host look as if the tunnel's interface were there already, with the settings that new ones get.
+    pub fn expect_tunnel(&mut self, tunnel: &Tunnel) {
+        for (family, setting) in [
+            ("ipv4", "forwarding"),
+            ("ipv6", "forwarding"),
+            ("ipv6", "disable_ipv6"),
+        ] {
+            if let Some(value) = self.setting(family, "default", setting) {
+                let value = value.to_owned();
+                let key = interface_key(family, &tunnel.name, setting);
+                self.settings.insert(key, value);
+            }
+        }
     }
 
     /// The names of the interfaces by which the pool leaves the host.

@@ -100,7 +100,7 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
 }
 
 /// The operator's certificate, or the generated one.
-fn identity(config: &ServerConfig, state: &StateDir) -> Result<Identity, KeeperError> {
+pub(crate) fn identity(config: &ServerConfig, state: &StateDir) -> Result<Identity, KeeperError> {
     let (Some(certificate), Some(key)) = (&config.certificate, &config.private_key) else {
         return Ok(state.identity()?);
     };

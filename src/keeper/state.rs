@@ -172,6 +172,11 @@ impl StateDir {
         })
     }
 
+    /// Whether somebody has opened the directory before, so that opening it makes nothing anew.
+    pub fn is_made(path: &Path) -> bool {
+        path.join(STATE_FILE).exists()
+    }
+
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path

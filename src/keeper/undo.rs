@@ -426,6 +426,37 @@ pub fn down(interface: Option<&str>) -> Result<Vec<Down>, UndoError> {
     error.map_or(Ok(done), Err)
 }
 
+/// A claim on an interface's name in this network namespace, as others see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The keeper that has it, or had it.
+    pub keeper: i32,
+    /// Whether it is a server's: a client sets no table.
+    pub is_server: bool,
+    /// Whether it runs; otherwise it was killed, and what it set is still there.
+    pub is_running: bool,
+}
+
+/// Who has claimed `interface`; `None`: nobody, or it cannot be seen. Nothing is changed to find out.
+pub fn claim_of(interface: &str) -> Option<Claim> {
+    let namespace = netns::current().ok()?;
+    let directory = Path::new(RUN_DIR).join(format!("{}-{interface}", namespace.inode));
+    let content = read(&directory)?;
+    let lock = File::open(directory.join(LOCK_FILE)).ok()?;
+    let is_running = Flock::lock(lock, FlockArg::LockSharedNonblock).is_err();
+    if content.namespace != namespace || (!is_running && content.undo.is_empty()) {
+        return None;
+    }
+    Some(Claim {
+        keeper: content.keeper,
+        is_server: content
+            .undo
+            .iter()
+            .any(|undo| matches!(undo, Undo::DeleteTable(_))),
+        is_running,
+    })
+}
+
 fn down_one(directory: &Path, interface: &str) -> Result<Option<Down>, UndoError> {
     let mut stopped = false;
     let mut record = match Record::claim(interface) {

@@ -1,5 +1,6 @@
 //! System calls, netlink and the host's network state; unsafe is fenced here.
 
+pub mod clock;
 pub mod descriptor;
 pub mod dns;
 pub mod fdpass;

@@ -34,15 +34,15 @@ pub fn check_installed() -> Result<(), NftError> {
 /// # Errors
 /// [`NftError`].
 pub fn apply(ruleset: &str) -> Result<(), NftError> {
-    let mut child = command(&["-f", "-"])?
-        .stdin(Stdio::piped())
-        .spawn()
-        .map_err(NftError::Run)?;
-    let mut stdin = child.stdin.take().expect("stdin is piped");
-    // When nft ends early, its exit status says why, and not this write.
-    let _ = stdin.write_all(ruleset.as_bytes());
-    drop(stdin);
-    succeeded(child.wait_with_output().map_err(NftError::Run)?).map(drop)
+    feed(&["-f", "-"], ruleset)
+}
+
+/// Has the kernel look at a ruleset as if to put it into force, and leaves everything as it is.
+///
+/// # Errors
+/// [`NftError`].
+pub fn check(ruleset: &str) -> Result<(), NftError> {
+    feed(&["--check", "-f", "-"], ruleset)
 }
 
 /// Removes a table of the family `inet`; one that is not there is no error.
@@ -63,6 +63,18 @@ pub fn list_ruleset_json() -> Result<String, NftError> {
         .output()
         .map_err(NftError::Run)?;
     succeeded(output)
+}
+
+fn feed(arguments: &[&str], ruleset: &str) -> Result<(), NftError> {
+    let mut child = command(arguments)?
+        .stdin(Stdio::piped())
+        .spawn()
+        .map_err(NftError::Run)?;
+    let mut stdin = child.stdin.take().expect("stdin is piped");
+    // When nft ends early, its exit status says why, and not this write.
+    let _ = stdin.write_all(ruleset.as_bytes());
+    drop(stdin);
+    succeeded(child.wait_with_output().map_err(NftError::Run)?).map(drop)
 }
 
 fn command(arguments: &[&str]) -> Result<Command, NftError> {

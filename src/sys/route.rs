@@ -15,7 +15,7 @@ use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteScope, RouteType,
     RouteVia,
 };
-use rtnetlink::{Handle, RouteMessageBuilder};
+use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, RouteMessageBuilder};
 use serde::{Deserialize, Serialize};
 
 /// The protocol number of our routes (`ip route show proto 114`). Nobody in iproute2's
@@ -23,6 +23,8 @@ use serde::{Deserialize, Serialize};
 pub const PROTOCOL: u8 = 114;
 /// The protocol number of what the kernel learned from router advertisements (RTPROT_RA).
 pub const PROTOCOL_RA: u8 = 9;
+/// An index that the kernel does not give out by itself.
+const INDEX_OF_NONE: u32 = i32::MAX.cast_unsigned();
 /// The routing table that is meant when none is named.
 pub const TABLE_MAIN: u32 = 254;
 
@@ -282,6 +284,19 @@ impl Netlink {
             &format!("remove the interface {name}"),
             self.handle.link().del(index).execute(),
         )
+    }
+
+    /// Whether this process may change interfaces and routes here, which is a matter of the network namespace too. Nothing
+    /// is changed to find out: the kernel looks at the privilege first, and an empty change of no interface fails then.
+    pub fn may_change(&self) -> bool {
+        let nothing = LinkMessageBuilder::<LinkUnspec>::new()
+            .index(INDEX_OF_NONE)
+            .build();
+        let answer = self.run(
+            "ask for the privilege",
+            self.handle.link().set(nothing).execute(),
+        );
+        !matches!(answer, Err(error) if error.source.kind() == io::ErrorKind::PermissionDenied)
     }
 
     fn run<T>(

@@ -75,7 +75,7 @@ pub fn enter() -> Result<(), SandboxError> {
 }
 
 /// Registered buffers count against RLIMIT_MEMLOCK. What cannot be raised is lived with: the packet path has a fallback.
-fn raise_limits() {
+pub fn raise_limits() {
     if setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_err()
         && let Ok((_, hard)) = getrlimit(Resource::RLIMIT_MEMLOCK)
     {

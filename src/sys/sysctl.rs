@@ -2,7 +2,7 @@
 //!
 //! Keys are paths (`net/ipv4/conf/eth0.5/forwarding`), because interface names may have dots in them.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::PathBuf;
 
@@ -56,6 +56,11 @@ pub fn write(key: &str, value: &str) -> Result<(), SysctlError> {
         key: key.into(),
         source,
     })
+}
+
+/// Whether a setting may be changed. Nothing is changed to find out.
+pub fn is_writable(key: &str) -> bool {
+    OpenOptions::new().write(true).open(path(key)).is_ok()
 }
 
 fn path(key: &str) -> PathBuf {

@@ -3,4 +3,5 @@
 pub mod buffer;
 pub mod probe;
 pub mod ring;
+pub mod survey;
 pub mod token;

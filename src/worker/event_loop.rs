@@ -527,7 +527,7 @@ impl Worker {
 
 /// Maps and registers `bytes` of packet memory. RLIMIT_MEMLOCK may not allow so much: it is halved down to
 /// [`BUDGET_BYTES_MIN`] and at last used without registration.
-fn packet_memory(ring: &mut Ring, bytes: usize) -> Result<(Pool, bool), WorkerError> {
+pub(super) fn packet_memory(ring: &mut Ring, bytes: usize) -> Result<(Pool, bool), WorkerError> {
     let mut budget = bytes.max(BUDGET_BYTES_MIN);
     let failed = |bytes| move |source| WorkerError::Memory { bytes, source };
     loop {

@@ -27,7 +27,7 @@ use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::stats::{ConnectionStats, WorkerCounters};
 use crate::tls::handshake::{Agreed, Established};
 use crate::uring::probe::RingError;
-use crate::uring::ring::{self, PreparedRing};
+use crate::uring::ring::{self, PreparedRing, Ring};
 use connection::InnerSources;
 use crossbeam_queue::SegQueue;
 use handover::Mailbox;
@@ -205,6 +205,34 @@ pub struct WorkerInfo {
     pub buffer_bytes: usize,
     /// Whether they are registered with the ring.
     pub buffers_registered: bool,
+}
+
+/// What a worker would find.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rehearsal {
+    /// How the ring was set up.
+    pub set_up: crate::uring::probe::SetUp,
+    /// Bytes of packet memory.
+    pub buffer_bytes: usize,
+    /// Whether they are registered with the ring.
+    pub buffers_registered: bool,
+}
+
+/// Starts a ring as a worker does, gets it `buffer_bytes` of packet memory, and gives everything back.
+///
+/// # Errors
+/// What would end a worker.
+pub fn rehearse(ring: PreparedRing, buffer_bytes: usize) -> Result<Rehearsal, WorkerError> {
+    let mut ring = Ring::start(ring, 1)?;
+    let (pool, buffers_registered) = event_loop::packet_memory(&mut ring, buffer_bytes)?;
+    let rehearsal = Rehearsal {
+        set_up: ring.set_up(),
+        buffer_bytes: pool.bytes(),
+        buffers_registered,
+    };
+    drop(ring);
+    pool.unmap();
+    Ok(rehearsal)
 }
 
 /// All workers of the daemon.

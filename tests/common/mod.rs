@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "every test file uses another part of it")]
 
 pub mod connect_ip;
+pub mod denial;
 pub mod host_state;
 pub mod processes;
 pub mod status;

@@ -39,13 +39,12 @@ pub fn connections(status: &Value) -> Vec<&Value> {
         .collect()
 }
 
-/// The sum of what was dropped, by worker or connection.
-pub fn dropped(counted: &Value) -> u64 {
-    let counters = counted["counters"].as_object().expect("counters");
-    let drops = counters
+/// Packets of the peer that were not let in.
+pub fn turned_away(connection: &Value) -> u64 {
+    let reasons = ["invalid", "spoofed", "unknown_context"];
+    let counters = reasons.map(|reason| format!("/counters/dropped_{reason}"));
+    counters
         .iter()
-        .filter(|(name, _)| name.starts_with("dropped_"));
-    drops
-        .map(|(_, value)| value.as_u64().expect("a number"))
+        .map(|counter| number(connection, counter))
         .sum()
 }
