@@ -7,7 +7,10 @@ use std::net::TcpListener;
 use common::denial::deny_io_uring;
 use common::host_state::HostState;
 use common::processes::{in_host, kill_9_both};
-use common::{RINGTUN, SOON, lab, start_server, stop, until, until_true};
+use common::{
+    RINGTUN, SOON, assert_web_blocked, assert_web_reached, invite, lab, start_client, start_server,
+    stop, until, until_true,
+};
 use ringtun_lab::{Host, Lab};
 use rstest::rstest;
 use serde_json::Value;
@@ -275,12 +278,17 @@ fn another_table_drops_what_is_forwarded(lab: Lab) {
     });
     let found = check["found"].as_str().expect("text");
     assert!(warned.contains(found) && warned.contains(&fix), "{warned}");
-    stop(&server);
 
+    // And both are right: no client gets through before the fix, and every one after it.
+    let client = lab.host("client");
+    let _client = start_client(client, &invite(&lab, "alice"));
+    assert_web_blocked(client);
     shell(host, &fix);
+    assert_web_reached(client);
     let said = doctor(host, "server");
     said.assert_can_run();
     assert_eq!(said.check("other-firewalls")["level"], "ok");
+    stop(&server);
 }
 
 #[rstest]
