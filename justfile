@@ -36,6 +36,10 @@ unit *args:
 e2e *args:
     just test --test "'*'" {{ args }}
 
+# The same with nothing of io_uring that Linux 5.10 has not
+e2e-baseline *args:
+    RINGTUN_TEST_IO=baseline just test -p ringtun --test "'e2e_*'" --test packet_path {{ args }}
+
 # The demonstration: what the firewall blocks, and that ringtun carries it
 lab: release
     ci/as-root {{ target }}/release/lab demo

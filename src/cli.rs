@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::config::IoMode;
 use crate::doctor::Role;
 
 const ABOUT: &str = "A tunnel through firewalls that let out nothing but TCP 80 and 443.";
@@ -98,6 +99,17 @@ pub struct ServerArgs {
         help = "Address and port to listen on; may be repeated [default: [::]:443 and [::]:80]"
     )]
     pub listen: Vec<SocketAddr>,
+    /// What of io_uring to use.
+    #[command(flatten)]
+    pub io: IoArgs,
+}
+
+/// Options of both sides that concern io_uring.
+#[derive(Debug, Default, Args)]
+pub struct IoArgs {
+    /// What of io_uring to use; goes before `io` in the configuration [default: auto]
+    #[arg(long = "io", value_name = "MODE", value_enum)]
+    pub mode: Option<IoMode>,
 }
 
 /// `ringtun invite`.
@@ -123,6 +135,9 @@ pub struct ClientArgs {
     /// The invite that `ringtun invite` printed, or `-` to read it from standard input
     #[arg(value_name = "INVITE")]
     pub invite: Option<String>,
+    /// What of io_uring to use.
+    #[command(flatten)]
+    pub io: IoArgs,
 }
 
 /// `ringtun down`.
@@ -210,6 +225,8 @@ mod tests {
             "ringtun server -c f --state-dir d --listen 0.0.0.0:443 --listen [::1]:80",
             "ringtun invite alice --state-dir d --host 198.51.100.10",
             "ringtun client ringtun://x",
+            "ringtun server --io baseline",
+            "ringtun client --io auto ringtun://x",
             "ringtun client -",
             "ringtun client",
             "ringtun down",

@@ -71,6 +71,17 @@ pub enum ConfigError {
     },
 }
 
+/// Which of io_uring's features the packet path may use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoMode {
+    /// The best that this kernel has
+    #[default]
+    Auto,
+    /// Only what Linux 5.10 has
+    Baseline,
+}
+
 /// The server's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -91,6 +102,10 @@ pub struct ServerConfig {
     pub dns: Option<Vec<IpAddr>>,
     /// Worker threads and TUN queues; unset: one per core.
     pub workers: Option<usize>,
+    /// What of io_uring the workers use.
+    pub io: IoMode,
+    /// Whether the interface gives and takes segments of up to 64 KiB; without, the packet path costs several times more.
+    pub offload: bool,
     /// A certificate chain (PEM) to use in place of the generated one. Needs `private_key`.
     pub certificate: Option<PathBuf>,
     /// The certificate's private key (PEM).
@@ -115,6 +130,8 @@ impl Default for ServerConfig {
             pool_v6: None,
             dns: None,
             workers: None,
+            io: IoMode::default(),
+            offload: true,
             certificate: None,
             private_key: None,
             client_to_client: false,
@@ -221,6 +238,10 @@ pub struct ClientConfig {
     pub connections: usize,
     /// Worker threads and TUN queues; unset: one per core, but no more than connections.
     pub workers: Option<usize>,
+    /// What of io_uring the workers use.
+    pub io: IoMode,
+    /// Whether the interface gives and takes segments of up to 64 KiB; without, the packet path costs several times more.
+    pub offload: bool,
     /// How traffic gets into the tunnel.
     pub routing: Routing,
     /// Nameservers to use while the tunnel is up; unset: the server's; empty: leave the resolver alone.
@@ -235,6 +256,8 @@ impl Default for ClientConfig {
             mtu: MTU_BYTES,
             connections: 1,
             workers: None,
+            io: IoMode::default(),
+            offload: true,
             routing: Routing::default(),
             dns: None,
         }
@@ -249,6 +272,8 @@ impl std::fmt::Debug for ClientConfig {
             .field("mtu", &self.mtu)
             .field("connections", &self.connections)
             .field("workers", &self.workers)
+            .field("io", &self.io)
+            .field("offload", &self.offload)
             .field("routing", &self.routing)
             .field("dns", &self.dns)
             .finish()
@@ -432,6 +457,8 @@ mod tests {
             pool_v6 = "fd09::/64"
             dns = ["9.9.9.9"]
             workers = 3
+            io = "baseline"
+            offload = false
             certificate = "/c.pem"
             private_key = "/k.pem"
             client_to_client = true
@@ -445,6 +472,8 @@ mod tests {
         );
         assert_eq!(config.mtu, 1400);
         assert_eq!(config.worker_count(64), 3);
+        assert_eq!(config.io, IoMode::Baseline);
+        assert!(!config.offload);
         assert_eq!(config.site_authority().as_deref(), Some("127.0.0.1:8080"));
         assert!(config.client_to_client);
     }
@@ -458,6 +487,8 @@ mod tests {
             mtu = 1280
             connections = 4
             workers = 8
+            io = "auto"
+            offload = false
             routing = "split-default"
             dns = []
             "#,
@@ -465,6 +496,8 @@ mod tests {
         .expect("valid");
         assert_eq!(config.connections, 4);
         assert_eq!(config.worker_count(64), 4);
+        assert_eq!(config.io, IoMode::Auto);
+        assert!(!config.offload);
         assert_eq!(config.dns, Some(vec![]));
         assert!(!format!("{config:?}").contains("ringtun://x"));
     }

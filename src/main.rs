@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 use ringtun::cli::{
-    Cli, ClientArgs, Command, DoctorArgs, InviteArgs, PeersArgs, PeersCommand, ServerArgs,
+    Cli, ClientArgs, Command, DoctorArgs, InviteArgs, IoArgs, PeersArgs, PeersCommand, ServerArgs,
     StateArgs, StatusArgs,
 };
 use ringtun::config::{ClientConfig, ConfigError, ServerConfig};
@@ -158,6 +158,7 @@ fn server_config(arguments: ServerArgs) -> Result<ServerConfig, Failure> {
     if !arguments.listen.is_empty() {
         config.listen = arguments.listen;
     }
+    config.io = arguments.io.mode.unwrap_or(config.io);
     config.validate()?;
     Ok(config)
 }
@@ -174,6 +175,7 @@ fn stored_config(arguments: &StateArgs) -> Result<ServerConfig, ConfigError> {
 /// The configuration and the invite, which is taken out of it: it goes its own way.
 fn client_config(arguments: ClientArgs) -> Result<(ClientConfig, Invite), Failure> {
     let mut config = ClientConfig::load(arguments.config.as_deref())?;
+    config.io = arguments.io.mode.unwrap_or(config.io);
     config.validate()?;
     let configured = config.invite.take();
     let text = match arguments.invite {
@@ -203,6 +205,7 @@ fn doctor(arguments: DoctorArgs) -> Result<u8, Failure> {
                 state_dir: arguments.state_dir,
             },
             listen: arguments.listen,
+            io: IoArgs::default(),
         })?),
     };
     let client = match role {

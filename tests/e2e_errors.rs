@@ -9,7 +9,7 @@ use common::host_state::HostState;
 use common::processes::in_host;
 use common::{
     RINGTUN, SOON, assert_web_reached, inner_addresses, invite, invite_to, lab, start_client,
-    start_server, until_true,
+    start_server,
 };
 use ringtun_lab::topology::SERVER_V6;
 use ringtun_lab::{Host, Lab, Process};
@@ -48,6 +48,13 @@ fn assert_one_line(process: Process, code: i32, named: &[&str]) {
 /// Waits for the end of a client that was up. Its last line, and no other, is its complaint.
 fn assert_gave_up(client: &Process, named: &[&str]) {
     common::assert_ended(client, FAILED);
+    // What it wrote last may be read after its end is noticed.
+    common::until_true("complaint", || {
+        client
+            .lines()
+            .iter()
+            .any(|line| line.starts_with("ringtun: "))
+    });
     let lines = client.lines();
     let complaints: Vec<&String> = lines
         .iter()
@@ -307,9 +314,5 @@ fn a_name_has_one_invite(lab: Lab) {
         .exec(RINGTUN, ["peers", "revoke", "alice"])
         .expect("revoke");
     let second = invite_to(&lab, "alice", &SERVER_V6.to_string());
-    let client = lab
-        .host("client")
-        .spawn(RINGTUN, ["client", &second])
-        .expect("ringtun");
-    until_true("client", || client.wait_for_line(common::UP, SOON).is_ok());
+    let _client = start_client(lab.host("client"), &second);
 }

@@ -152,7 +152,7 @@ fn begin() -> (Changes, Tun, Tunnel) {
     let mut changes =
         Changes::start(Record::claim(INTERFACE).expect("claimed"), None).expect("started");
     changes.interface_is_coming(INTERFACE).expect("recorded");
-    let tun = tun::create(INTERFACE, 1500, 2).expect("interface");
+    let tun = tun::create(INTERFACE, 1500, 2, true).expect("interface");
     let tunnel = Tunnel {
         name: INTERFACE.into(),
         index: nix::net::if_::if_nametoindex(INTERFACE).expect("index"),

@@ -74,7 +74,7 @@ fn plain(name: &str) -> tun::Device {
 
 /// A queue whose packets come with a `virtio_net_hdr`, as in the tunnel, and whether super-packets of UDP are among them.
 fn offloading(name: &str) -> (OwnedFd, bool) {
-    let mut tun = offloading_tun::create(name, MTU, 1).expect("a TUN device");
+    let mut tun = offloading_tun::create(name, MTU, 1, true).expect("a TUN device");
     let offloads = Offloads::from_tun_flags(tun.offload_flags);
     assert!(offloads.tso4 && offloads.tso6, "super-packets of TCP");
     (tun.queues.remove(0), offloads.uso4 && offloads.uso6)

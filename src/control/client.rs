@@ -442,6 +442,7 @@ impl Client {
     }
 
     fn announce(&self, server: SocketAddr) {
+        super::log_workers(&self.workers);
         let addresses: Vec<String> = self
             .terms
             .addresses()

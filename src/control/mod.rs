@@ -34,6 +34,7 @@ use std::time::Duration;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use tokio::sync::mpsc;
 
+use crate::config::IoMode;
 use crate::keeper::request::Setup;
 use crate::keeper::{DaemonStart, LinkError};
 use crate::proto::offload::Offloads;
@@ -81,9 +82,9 @@ impl Ending {
 pub fn run_daemon() -> u8 {
     // It was started as /proc/self/exe, and would be called `exe` in process lists. A name is a nicety.
     let _ = nix::sys::prctl::set_name(PROCESS_NAME);
-    let runtime = runtime::Runtime::new();
-    let rings = Rings::prepare();
-    let start = match DaemonStart::enter() {
+    // Rings are made before the privileges go.
+    let start = DaemonStart::enter(|setup| (runtime::Runtime::new(), Rings::prepare(setup.io())));
+    let (start, (runtime, rings)) = match start {
         Ok(start) => start,
         Err(error) => {
             eprintln!("ringtun: {}", chain(&error));
@@ -128,7 +129,7 @@ async fn last_words(words: impl Future<Output = Result<(), LinkError>>) {
 /// The user has to know what denies io_uring, and without it there is only plain tokio to tell the keeper.
 fn report_without_ring(start: DaemonStart, error: &io::Error) -> u8 {
     // The same refusal again, in words that say what to do.
-    let line = match PreparedRing::new() {
+    let line = match PreparedRing::new(start.setup.io()) {
         Err(refusal) => chain(&refusal),
         Ok(_) => format!("cannot set up the control thread: {error}"),
     };
@@ -151,16 +152,18 @@ fn report_without_ring(start: DaemonStart, error: &io::Error) -> u8 {
 /// The workers' rings, made before the privileges go: with them their memory counts against no limit.
 pub struct Rings {
     prepared: Vec<PreparedRing>,
+    io: IoMode,
     unlimited: bool,
 }
 
 impl Rings {
     /// One for each core. What cannot be made now is tried again when it is needed, and reported then.
-    fn prepare() -> Self {
+    fn prepare(io: IoMode) -> Self {
         Rings {
             prepared: (0..cores())
-                .map_while(|_| PreparedRing::new().ok())
+                .map_while(|_| PreparedRing::new(io).ok())
                 .collect(),
+            io,
             unlimited: sandbox::may_lock_memory(),
         }
     }
@@ -186,8 +189,9 @@ impl Rings {
     ) -> Result<Workers, WorkerError> {
         let buffer_bytes = self.buffer_bytes(tun_queues.len());
         let setups = tun_queues.into_iter().map(|tun| {
+            let prepared = self.prepared.pop();
             Ok(WorkerSetup {
-                ring: self.prepared.pop().map_or_else(PreparedRing::new, Ok)?,
+                ring: prepared.map_or_else(|| PreparedRing::new(self.io), Ok)?,
                 tun,
                 tun_offloads,
                 buffer_bytes,
@@ -199,6 +203,14 @@ impl Rings {
     }
 }
 
+/// Says what the workers found, in one line unless they differ.
+fn log_workers(workers: &Workers) {
+    let found: Vec<String> = workers.infos().map(|info| info.to_string()).collect();
+    for same in found.chunk_by(PartialEq::eq) {
+        tracing::info!("{} worker(s): {}", same.len(), same[0]);
+    }
+}
+
 /// Sets up what a daemon with `workers` workers sets up of io_uring: the control thread's ring, and one worker's with
 /// its packet memory. The control thread's ring stays until the process ends.
 ///
@@ -207,9 +219,10 @@ impl Rings {
 pub fn rehearse(workers: usize) -> Result<Rehearsal, RehearsalError> {
     let rings = Rings {
         prepared: Vec::new(),
+        io: IoMode::Auto,
         unlimited: sandbox::may_lock_memory(),
     };
-    let ring = PreparedRing::new().map_err(WorkerError::from)?;
+    let ring = PreparedRing::new(rings.io).map_err(WorkerError::from)?;
     runtime::Runtime::new().map_err(RehearsalError::Control)?;
     Ok(worker::rehearse(ring, rings.buffer_bytes(workers))?)
 }

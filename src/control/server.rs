@@ -55,6 +55,7 @@ pub async fn run(
     if link.ready().await.is_err() {
         return Ending::KeeperGone;
     }
+    house.tunnels.borrow_mut().log_workers();
     announce(&setup);
     let subject = Subject::new(
         Role::Server,

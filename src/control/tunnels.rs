@@ -259,6 +259,11 @@ impl Tunnels {
         self.peers.len()
     }
 
+    /// Says what the workers found when they started.
+    pub fn log_workers(&mut self) {
+        super::log_workers(self.workers());
+    }
+
     /// Takes leave of everybody.
     pub fn stop(&mut self) {
         self.peers.clear();

@@ -200,7 +200,7 @@ fn rehearse(tunnel: &Tunnel, queues: usize, steps: Option<&[Step]>) -> Rehearsed
             } else {
                 REHEARSAL_INTERFACE
             };
-            let tun = tun::create(name, tunnel.mtu, queues);
+            let tun = tun::create(name, tunnel.mtu, queues, true);
             let filter = match ruleset {
                 Some(ruleset) if is_alone => nft::apply(ruleset),
                 Some(ruleset) => nft::check(ruleset),

@@ -28,7 +28,13 @@ pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperErro
     let control = changes.record().control_socket()?;
     let origin = changes.record().origin();
     let queues = config.worker_count(cores());
-    let (tun, tunnel) = make_interface(&mut changes, &config.interface, config.mtu, queues)?;
+    let (tun, tunnel) = make_interface(
+        &mut changes,
+        &config.interface,
+        config.mtu,
+        queues,
+        config.offload,
+    )?;
     let mut role = ClientRole {
         dns: config.dns.clone(),
         changes,

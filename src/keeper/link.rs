@@ -50,20 +50,23 @@ pub struct DaemonStart {
 }
 
 impl DaemonStart {
-    /// Makes this process the daemon: gives all privileges up, then waits for the setup on standard input, which is the
-    /// daemon's end of the pair. To be done before any thread is made.
+    /// Makes this process the daemon: takes the setup from standard input, which is the daemon's end of the pair, has
+    /// `prepare` make what is better made with privileges, and gives them all up. To be done before any thread is made.
     ///
     /// # Errors
     /// [`LinkError`].
-    pub fn enter() -> Result<Self, LinkError> {
-        sandbox::enter()?;
+    pub fn enter<P>(prepare: impl FnOnce(&Setup) -> P) -> Result<(Self, P), LinkError> {
         let socket = io::stdin()
             .as_fd()
             .try_clone_to_owned()
             .map_err(LinkError::Socket)?;
         let null = File::open("/dev/null").map_err(LinkError::Socket)?;
         nix::unistd::dup2_stdin(null).map_err(|error| LinkError::Socket(error.into()))?;
-        Self::receive(socket)
+        let start = Self::receive(socket)?;
+        sandbox::raise_limits();
+        let prepared = prepare(&start.setup);
+        sandbox::enter()?;
+        Ok((start, prepared))
     }
 
     /// Waits for the setup on `socket`, the daemon's end of the pair.

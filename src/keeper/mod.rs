@@ -151,13 +151,14 @@ fn make_interface(
     name: &str,
     mtu: u16,
     queues: usize,
+    offload: bool,
 ) -> Result<(Tun, Tunnel), KeeperError> {
     if nix::net::if_::if_nametoindex(name).is_ok() {
         // Before it is recorded as ours, to be removed.
         return Err(TunError::NameInUse(name.into()).into());
     }
     changes.interface_is_coming(name)?;
-    let tun = tun::create(name, mtu, queues)?;
+    let tun = tun::create(name, mtu, queues, offload)?;
     let index = nix::net::if_::if_nametoindex(name)
         .map_err(|error| KeeperError::Process("find the new interface", error.into()))?;
     let tunnel = Tunnel {

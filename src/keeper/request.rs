@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ClientConfig, ServerConfig};
+use crate::config::{ClientConfig, IoMode, ServerConfig};
 use crate::sys::netns::NetnsId;
 
 /// The largest request of a daemon.
@@ -28,6 +28,16 @@ pub enum Setup {
     Server(Box<ServerSetup>),
     /// For `ringtun client`.
     Client(Box<ClientSetup>),
+}
+
+impl Setup {
+    /// What of io_uring the workers use.
+    pub fn io(&self) -> IoMode {
+        match self {
+            Setup::Server(setup) => setup.config.io,
+            Setup::Client(setup) => setup.config.io,
+        }
+    }
 }
 
 /// Whose daemon it is, for those who ask for its status.

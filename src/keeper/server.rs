@@ -49,7 +49,13 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
     let listeners = Listeners::open(&config.listen, changes.found_leftovers())?;
 
     let queues = config.worker_count(cores());
-    let (tun, tunnel) = make_interface(&mut changes, &config.interface, config.mtu, queues)?;
+    let (tun, tunnel) = make_interface(
+        &mut changes,
+        &config.interface,
+        config.mtu,
+        queues,
+        config.offload,
+    )?;
     let pool_v4 = config.pool_v4.trunc();
     let pool_v6 = config.pool_v6.unwrap_or(state.pool_v6()).trunc();
     let host = changes.observe()?;

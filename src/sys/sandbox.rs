@@ -45,14 +45,13 @@ pub fn may_lock_memory() -> bool {
         )
 }
 
-/// Raises the limits that the packet path needs, then gives up the user, all capabilities and the way back to them.
+/// Gives up the user, all capabilities and the way back to them.
 ///
 /// In a user namespace where nobody but root is mapped the user stays, without any capability.
 ///
 /// # Errors
 /// [`SandboxError`].
 pub fn enter() -> Result<(), SandboxError> {
-    raise_limits();
     leave_signals_to_the_keeper()?;
     drop_bounding_set()?;
     if geteuid().is_root() {
@@ -74,7 +73,8 @@ pub fn enter() -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// Registered buffers count against RLIMIT_MEMLOCK. What cannot be raised is lived with: the packet path has a fallback.
+/// Raises the limits that the packet path needs: registered buffers count against RLIMIT_MEMLOCK, connections against
+/// RLIMIT_NOFILE. What cannot be raised is lived with. To be done while there are privileges.
 pub fn raise_limits() {
     if setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_err()
         && let Ok((_, hard)) = getrlimit(Resource::RLIMIT_MEMLOCK)

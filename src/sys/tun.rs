@@ -84,11 +84,11 @@ pub struct Tun {
 }
 
 /// Makes the interface `name` with `queues` queues, sets its MTU and brings it up. It has no address then, not even an
-/// IPv6 link-local one.
+/// IPv6 link-local one. Without `offload` it gives and takes nothing but whole packets of up to its MTU.
 ///
 /// # Errors
 /// [`TunError`]; nothing is left behind then.
-pub fn create(name: &str, mtu: u16, queues: usize) -> Result<Tun, TunError> {
+pub fn create(name: &str, mtu: u16, queues: usize, offload: bool) -> Result<Tun, TunError> {
     assert!((1..=QUEUES_MAX).contains(&queues), "{queues} queues");
     if nix::net::if_::if_nametoindex(name).is_ok() {
         return Err(TunError::NameInUse(name.into()));
@@ -108,6 +108,7 @@ pub fn create(name: &str, mtu: u16, queues: usize) -> Result<Tun, TunError> {
     }
     let offload_flags = OFFLOAD_LADDER
         .into_iter()
+        .filter(|flags| offload || *flags == 0)
         .find(|flags| {
             // SAFETY: TUNSETOFFLOAD takes its argument by value; the queue is open.
             unsafe { ioctl::tunsetoffload(queues[0].as_raw_fd(), *flags as libc::c_int) }.is_ok()

@@ -1,5 +1,6 @@
 //! What this kernel's io_uring can do: tried, never deduced from a version.
 
+use crate::config::IoMode;
 use io_uring::{IoUring, Probe, opcode};
 use std::io;
 
@@ -51,15 +52,19 @@ pub enum SetUp {
 /// Submission and completion entries, best first. Rings count against RLIMIT_MEMLOCK again since Linux 6.14.
 const SIZES: [(u32, u32); 3] = [(1024, 8192), (256, 1024), (32, 128)];
 
-/// Builds a ring in the best way that the kernel takes. It is disabled until [`IoUring`] enables it
+/// Builds a ring in the best way that the kernel takes and `io` allows. It is disabled until [`IoUring`] enables it
 /// (`register_enable_rings`), on the thread that will use it.
 ///
 /// # Errors
 /// No way worked.
-pub fn build() -> Result<(IoUring, SetUp), RingError> {
+pub fn build(io: IoMode) -> Result<(IoUring, SetUp), RingError> {
+    let better: &[SetUp] = match io {
+        IoMode::Auto => &[SetUp::Deferred, SetUp::Cooperative],
+        IoMode::Baseline => &[],
+    };
     let mut result = Err(RingError::MemoryLocked);
     for (submissions, completions) in SIZES {
-        result = build_sized(submissions, completions);
+        result = build_sized(better, submissions, completions);
         if !matches!(result, Err(RingError::MemoryLocked)) {
             break;
         }
@@ -67,7 +72,11 @@ pub fn build() -> Result<(IoUring, SetUp), RingError> {
     result
 }
 
-fn build_sized(submissions: u32, completions: u32) -> Result<(IoUring, SetUp), RingError> {
+fn build_sized(
+    better: &[SetUp],
+    submissions: u32,
+    completions: u32,
+) -> Result<(IoUring, SetUp), RingError> {
     let attempt = |set_up: SetUp| {
         let mut builder = IoUring::builder();
         builder.setup_cqsize(completions).setup_r_disabled();
@@ -82,9 +91,9 @@ fn build_sized(submissions: u32, completions: u32) -> Result<(IoUring, SetUp), R
         }
         builder.build(submissions)
     };
-    for set_up in [SetUp::Deferred, SetUp::Cooperative] {
-        if let Ok(ring) = attempt(set_up) {
-            return Ok((ring, set_up));
+    for set_up in better {
+        if let Ok(ring) = attempt(*set_up) {
+            return Ok((ring, *set_up));
         }
     }
     match attempt(SetUp::Plain) {

@@ -10,7 +10,8 @@
 
 use super::buffer::{Buffer, InFlight, Piece, Pool};
 use super::probe::{self, RingError, SetUp};
-use super::token::Token;
+use super::token::{Operation, Token};
+use crate::config::IoMode;
 use io_uring::{IoUring, opcode, squeue, types};
 use std::io;
 use std::ops::Range;
@@ -67,16 +68,17 @@ impl WhenDry {
 pub struct PreparedRing {
     ring: IoUring,
     set_up: SetUp,
+    io: IoMode,
 }
 
 impl PreparedRing {
-    /// Makes a ring, disabled.
+    /// Makes a ring, disabled. `io` says what it may use then.
     ///
     /// # Errors
     /// A kernel or container that has no io_uring or denies it.
-    pub fn new() -> Result<Self, RingError> {
-        let (ring, set_up) = probe::build()?;
-        Ok(Self { ring, set_up })
+    pub fn new(io: IoMode) -> Result<Self, RingError> {
+        let (ring, set_up) = probe::build(io)?;
+        Ok(Self { ring, set_up, io })
     }
 }
 
@@ -84,6 +86,7 @@ impl PreparedRing {
 pub struct Ring {
     ring: IoUring,
     set_up: SetUp,
+    io: IoMode,
     files: u32,
     buffers_registered: bool,
     /// Storage of the tick's time; the kernel reads it at submission.
@@ -103,7 +106,7 @@ impl Ring {
     /// # Errors
     /// The kernel lacks an operation of 5.10's, or refuses the files.
     pub fn start(prepared: PreparedRing, files: u32) -> Result<Self, RingError> {
-        let PreparedRing { ring, set_up } = prepared;
+        let PreparedRing { ring, set_up, io } = prepared;
         ring.submitter()
             .register_enable_rings()
             .map_err(RingError::SetUp)?;
@@ -114,6 +117,7 @@ impl Ring {
         Ok(Self {
             ring,
             set_up,
+            io,
             files,
             buffers_registered: false,
             tick: Box::new(types::Timespec::new()),
@@ -175,6 +179,31 @@ impl Ring {
             .submitter()
             .register_files_update(slot.0, &[fd])
             .map(drop)
+    }
+
+    /// Whether reads and writes of the file take RWF_NOWAIT, and may use it. A TUN queue takes it since Linux 6.4; before,
+    /// the kernel answers EOPNOTSUPP. Nothing else may be in flight.
+    ///
+    /// # Errors
+    /// What io_uring_enter says.
+    pub fn takes_nowait(&mut self, file: FileSlot) -> io::Result<bool> {
+        if self.io == IoMode::Baseline {
+            return Ok(false);
+        }
+        // Of no bytes, so that no packet is lost.
+        let address = (&raw mut *self.wake_count).cast();
+        let read = opcode::Read::new(types::Fixed(file.0), address, 0)
+            .rw_flags(WhenDry::Fail.rw_flags())
+            .build();
+        self.push(read, Token::single(Operation::TunRead));
+        let mut completions = Vec::new();
+        while completions.is_empty() {
+            self.submit_and_reap(&mut completions)?;
+        }
+        let refused = Err(nix::errno::Errno::EOPNOTSUPP);
+        Ok(completions
+            .iter()
+            .all(|completion| completion.result() != refused))
     }
 
     /// Arms one poll for input.
@@ -310,7 +339,18 @@ impl Ring {
     /// # Errors
     /// What io_uring_enter says; interruptions are retried.
     pub fn submit_and_reap(&mut self, completions: &mut Vec<Completion>) -> io::Result<()> {
-        let wanted = usize::from(self.early.is_empty());
+        self.enter(usize::from(self.early.is_empty()), completions)
+    }
+
+    /// Submits everything; appends what has completed, if anything.
+    ///
+    /// # Errors
+    /// As [`Ring::submit_and_reap`].
+    pub fn submit_and_look(&mut self, completions: &mut Vec<Completion>) -> io::Result<()> {
+        self.enter(0, completions)
+    }
+
+    fn enter(&mut self, wanted: usize, completions: &mut Vec<Completion>) -> io::Result<()> {
         if let Err(error) = self.ring.submit_and_wait(wanted) {
             match error.raw_os_error() {
                 // EBUSY and EAGAIN: completions have to be reaped before more is taken.
@@ -361,7 +401,6 @@ pub fn ring_bell(bell: BorrowedFd<'_>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::buffer::{BUDGET_BYTES_MIN, Class};
-    use super::super::token::Operation;
     use super::*;
     use std::io::{Read, Write};
     use std::os::fd::AsFd;
@@ -377,7 +416,7 @@ mod tests {
     }
 
     fn fixture(registered: bool) -> (Ring, Pool, UnixStream) {
-        let mut ring = Ring::start(PreparedRing::new().unwrap(), 4).unwrap();
+        let mut ring = Ring::start(PreparedRing::new(IoMode::Auto).unwrap(), 4).unwrap();
         let pool = Pool::new(BUDGET_BYTES_MIN).unwrap();
         if registered {
             assert!(ring.register_pool(&pool).unwrap());
@@ -509,7 +548,7 @@ mod tests {
 
     #[test]
     fn bells_ring() {
-        let mut ring = Ring::start(PreparedRing::new().unwrap(), 4).unwrap();
+        let mut ring = Ring::start(PreparedRing::new(IoMode::Auto).unwrap(), 4).unwrap();
         let bell = bell().unwrap();
         ring.register_file(FileSlot(0), bell.as_fd()).unwrap();
         let rung = Token::single(Operation::Wake);
@@ -533,7 +572,7 @@ mod tests {
 
     #[test]
     fn no_operation_on_a_bell_needs_a_kernel_thread() {
-        let mut ring = Ring::start(PreparedRing::new().unwrap(), 4).unwrap();
+        let mut ring = Ring::start(PreparedRing::new(IoMode::Auto).unwrap(), 4).unwrap();
         let bell = bell().unwrap();
         ring.register_file(FileSlot(0), bell.as_fd()).unwrap();
         for _ in 0..100 {
@@ -557,7 +596,7 @@ mod tests {
 
     #[test]
     fn a_file_slot_out_of_range_is_an_error() {
-        let mut ring = Ring::start(PreparedRing::new().unwrap(), 2).unwrap();
+        let mut ring = Ring::start(PreparedRing::new(IoMode::Auto).unwrap(), 2).unwrap();
         let bell = bell().unwrap();
         assert!(ring.register_file(FileSlot(2), bell.as_fd()).is_err());
     }

@@ -55,12 +55,11 @@ pub(super) struct TunQueue {
     pub(super) batch: usize,
     /// Packets that the present batch brought.
     pub(super) yielded: usize,
-    /// The kernel takes RWF_NOWAIT on this file.
+    /// Reads and writes are to fail rather than wait in the kernel.
     pub(super) nowait: bool,
 }
 
 impl TunQueue {
-    /// Nothing ever waits in the kernel: where there is no RWF_NOWAIT, O_NONBLOCK alone sees to that.
     pub(super) fn when_dry(&self) -> WhenDry {
         if self.nowait {
             WhenDry::Fail
@@ -95,6 +94,7 @@ pub(super) struct Worker {
     pub(super) now: Instant,
     epoch: std::time::Instant,
     events: tokio::sync::mpsc::UnboundedSender<Event>,
+    buffer_bytes_wanted: usize,
     buffers_registered: bool,
     stopping: Option<Instant>,
 }
@@ -120,6 +120,7 @@ impl Worker {
             ring.register_file(FileSlot(FIRST_PEER + peer as u32), inlet.bell.as_fd())
                 .map_err(WorkerError::File)?;
         }
+        let nowait = ring.takes_nowait(TUN).map_err(WorkerError::Enter)?;
         Ok(Self {
             index,
             ring,
@@ -133,7 +134,7 @@ impl Worker {
                 dry: true,
                 batch: 1,
                 yielded: 0,
-                nowait: true,
+                nowait,
             },
             connections: Vec::new(),
             routes: Arc::new(RouteTable::empty()),
@@ -148,6 +149,7 @@ impl Worker {
             now: Instant::from_nanos(0),
             epoch: std::time::Instant::now(),
             events,
+            buffer_bytes_wanted: setup.buffer_bytes,
             buffers_registered,
             stopping: None,
         })
@@ -157,6 +159,8 @@ impl Worker {
         WorkerInfo {
             epoch: self.epoch,
             set_up: self.ring.set_up(),
+            tun_nowait: self.tun.nowait,
+            buffer_bytes_wanted: self.buffer_bytes_wanted,
             buffer_bytes: self.pool.bytes(),
             buffers_registered: self.buffers_registered,
         }
@@ -174,13 +178,24 @@ impl Worker {
                 .map_err(WorkerError::Enter)?;
             self.now = Instant::from_nanos(self.epoch.elapsed().as_nanos() as u64);
             self.counters.turns.add(1);
-            for completion in completions.drain(..) {
-                self.on_completion(completion)?;
-            }
+            self.on_completions(&mut completions)?;
+            self.drain_tun(&mut completions)?;
             self.feed_starved();
             self.release_framing();
             self.pump_dirty();
             self.read_tun();
+        }
+        Ok(())
+    }
+
+    /// What control had said before a packet came is done before the packet is looked at.
+    pub(super) fn on_completions(
+        &mut self,
+        completions: &mut Vec<Completion>,
+    ) -> Result<(), WorkerError> {
+        self.obey();
+        for completion in completions.drain(..) {
+            self.on_completion(completion)?;
         }
         Ok(())
     }
@@ -296,7 +311,15 @@ impl Worker {
     fn on_wake(&mut self) {
         let inlet = Arc::clone(&self.inlets[self.index]);
         inlet.mailbox.look();
-        while let Some(command) = inlet.commands.pop() {
+        self.obey();
+        while let Some(handover) = inlet.mailbox.take() {
+            self.take_over(&handover);
+            inlet.mailbox.give_back(handover);
+        }
+    }
+
+    fn obey(&mut self) {
+        while let Some(command) = self.inlets[self.index].commands.pop() {
             match command {
                 Command::Add(handoff, stats) => self.add(*handoff, stats),
                 Command::Routes(routes) => self.routes = routes,
@@ -315,10 +338,6 @@ impl Worker {
                 }
                 Command::Stop(reason) => self.stop(reason),
             }
-        }
-        while let Some(handover) = inlet.mailbox.take() {
-            self.take_over(&handover);
-            inlet.mailbox.give_back(handover);
         }
     }
 
@@ -442,6 +461,8 @@ impl Worker {
         {
             self.pool.release(buffer);
         }
+        // Control is told of the end when it is one.
+        drop(connection.socket);
         if let Life::Draining { cause } = connection.life {
             self.tell_control(Event::Closed {
                 connection: connection.reference,
@@ -536,7 +557,6 @@ pub(super) fn packet_memory(ring: &mut Ring, bytes: usize) -> Result<(Pool, bool
             return Ok((pool, true));
         }
         if budget == BUDGET_BYTES_MIN {
-            tracing::info!("RLIMIT_MEMLOCK allows no registered buffers: using plain ones");
             return Ok((pool, false));
         }
         pool.unmap();

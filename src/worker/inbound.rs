@@ -532,11 +532,6 @@ impl Worker {
                     .tun_written_bytes
                     .add(bytes.saturating_sub(VIRTIO_NET_HDR_BYTES) as u64);
             }
-            Err(Errno::EOPNOTSUPP) if self.tun.nowait => {
-                self.tun.nowait = false;
-                self.write_tun(piece);
-                return;
-            }
             Err(Errno::EINVAL) => self.segment_refused(&piece),
             Err(_) => self.counters.dropped_tun_refused.add(1),
         }

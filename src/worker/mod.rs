@@ -26,12 +26,13 @@ use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::stats::{ConnectionStats, WorkerCounters};
 use crate::tls::handshake::{Agreed, Established};
-use crate::uring::probe::RingError;
+use crate::uring::probe::{RingError, SetUp};
 use crate::uring::ring::{self, PreparedRing, Ring};
 use connection::InnerSources;
 use crossbeam_queue::SegQueue;
 use handover::Mailbox;
 use slab::Slab;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Weak, mpsc};
@@ -200,18 +201,55 @@ pub struct WorkerInfo {
     /// When its clock started; see [`ConnectionStats::received_at_nanos`].
     pub epoch: Instant,
     /// How the ring was set up.
-    pub set_up: crate::uring::probe::SetUp,
-    /// Bytes of packet memory.
+    pub set_up: SetUp,
+    /// Whether the TUN queue is read in batches that never wait (RWF_NOWAIT, Linux 6.4), and not packet by packet.
+    pub tun_nowait: bool,
+    /// Bytes of packet memory that it was to have.
+    pub buffer_bytes_wanted: usize,
+    /// Bytes of packet memory that it has; less than wanted where RLIMIT_MEMLOCK allowed no more to be registered.
     pub buffer_bytes: usize,
-    /// Whether they are registered with the ring.
+    /// Whether they are registered with the ring; else RLIMIT_MEMLOCK did not allow it, and reads and writes are plain.
     pub buffers_registered: bool,
+}
+
+impl WorkerInfo {
+    /// Whether nothing is in use that Linux 5.10 has not, by configuration or for want of anything better.
+    pub fn is_baseline(&self) -> bool {
+        self.set_up == SetUp::Plain && !self.tun_nowait
+    }
+}
+
+impl fmt::Display for WorkerInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let io = match self.set_up {
+            SetUp::Deferred => "deferred",
+            SetUp::Cooperative => "cooperative",
+            SetUp::Plain if self.is_baseline() => "baseline",
+            SetUp::Plain => "plain",
+        };
+        let reads = if self.tun_nowait {
+            "in batches"
+        } else {
+            "one by one"
+        };
+        let registered = if self.buffers_registered {
+            "registered"
+        } else {
+            "not registered (RLIMIT_MEMLOCK)"
+        };
+        write!(
+            f,
+            "io_uring {io}, TUN read {reads}, {} KiB of packet memory, {registered}",
+            self.buffer_bytes / 1024
+        )
+    }
 }
 
 /// What a worker would find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rehearsal {
     /// How the ring was set up.
-    pub set_up: crate::uring::probe::SetUp,
+    pub set_up: SetUp,
     /// Bytes of packet memory.
     pub buffer_bytes: usize,
     /// Whether they are registered with the ring.

@@ -53,10 +53,12 @@ impl Worker {
             return;
         }
         let free = self.pool.free(Class::Packet);
-        let batch = self
-            .tun
-            .batch
-            .min(free.saturating_sub(INBOUND_RESERVE_SLOTS).max(1));
+        let batch = if self.tun.nowait {
+            let free = free.saturating_sub(INBOUND_RESERVE_SLOTS).max(1);
+            self.tun.batch.min(free)
+        } else {
+            1
+        };
         self.tun.yielded = 0;
         let when_dry = self.tun.when_dry();
         for _ in 0..batch {
@@ -68,6 +70,32 @@ impl Worker {
             let range = HEADROOM_BYTES..HEADROOM_BYTES + TUN_READ_BYTES;
             entry.insert(self.ring.read(TUN, buffer, range, when_dry, token));
         }
+    }
+
+    /// Step 1 where a read of a dry queue cannot be told to fail: takes up to a batch of packets, read by read.
+    ///
+    /// On a TUN queue without RWF_NOWAIT io_uring turns a dry read into a poll, O_NONBLOCK or not (`io_prep_rw` since
+    /// 5.15, and 5.10's later releases). One read may wait like that; of several, each packet wakes all and one gets it,
+    /// and the others go to kernel threads (`io_arm_poll_handler`).
+    pub(super) fn drain_tun(
+        &mut self,
+        completions: &mut Vec<Completion>,
+    ) -> Result<(), WorkerError> {
+        if self.tun.nowait {
+            return Ok(());
+        }
+        for _ in 0..TUN_BATCH_MAX {
+            let free = self.pool.free(Class::Packet);
+            if self.tun.dry || !self.tun.reads.is_empty() || free <= INBOUND_RESERVE_SLOTS {
+                break;
+            }
+            self.read_tun();
+            self.ring
+                .submit_and_look(completions)
+                .map_err(WorkerError::Enter)?;
+            self.on_completions(completions)?;
+        }
+        Ok(())
     }
 
     pub(super) fn on_tun_read(&mut self, completion: Completion) -> Result<(), WorkerError> {
@@ -88,7 +116,6 @@ impl Worker {
                 self.pool.release(buffer);
                 match error {
                     Errno::EAGAIN => self.tun.dry = true,
-                    Errno::EOPNOTSUPP => self.tun.nowait = false,
                     Errno::EINTR | Errno::ECANCELED => {}
                     Errno::EBADFD | Errno::ENODEV | Errno::EIO | Errno::EBADF => {
                         return Err(WorkerError::TunGone);

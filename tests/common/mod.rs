@@ -27,6 +27,8 @@ use ringtun_lab::topology::{
 use ringtun_lab::{Host, Lab, Process, Topology};
 use rstest::fixture;
 
+/// The environment variable that says which `--io` server and client are started with; unset: none.
+const IO_VARIABLE: &str = "RINGTUN_TEST_IO";
 /// The program under test.
 pub const RINGTUN: &str = env!("CARGO_BIN_EXE_ringtun");
 /// What server and client say on standard output when they are ready.
@@ -80,12 +82,21 @@ impl Tunnel {
     }
 }
 
+/// The options of every server and client that is to run.
+pub fn io_options() -> Vec<String> {
+    std::env::var(IO_VARIABLE)
+        .map(|mode| format!("--io={mode}"))
+        .into_iter()
+        .collect()
+}
+
 /// Starts `ringtun server` on `server` and waits until it listens.
 pub fn start_server(lab: &Lab, arguments: &[&str]) -> Process {
     let server = lab
         .host("server")
         .command(RINGTUN)
         .arg("server")
+        .args(io_options())
         .args(arguments)
         .spawn()
         .expect("ringtun server");
@@ -96,7 +107,11 @@ pub fn start_server(lab: &Lab, arguments: &[&str]) -> Process {
 /// Starts `ringtun client` and waits until the tunnel is up.
 pub fn start_client(host: &Host, invite: &str) -> Process {
     let client = host
-        .spawn(RINGTUN, ["client", invite])
+        .command(RINGTUN)
+        .arg("client")
+        .args(io_options())
+        .arg(invite)
+        .spawn()
         .expect("ringtun client");
     client.wait_for_line(UP, SOON).expect("a client that is up");
     client

@@ -2,6 +2,7 @@
 
 use super::packets::lease;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use ringtun::config::IoMode;
 use ringtun::proto::http::OffloadHeader;
 use ringtun::proto::offload::{Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
 use ringtun::proto::route_table::{ConnectionRef, RouteTable, SessionId, SessionRoute};
@@ -326,11 +327,26 @@ fn shake_hands(mut socket: TcpStream, mut stream: TlsStream) -> Outer {
     }
 }
 
+/// Packets that surely fit into the socket that stands for a TUN queue (`net.unix.max_dgram_qlen` and one more).
+pub const TUN_STAND_IN_PACKETS: u32 = 8;
+
+/// What the workers may use of io_uring; the environment variable is that of the end-to-end tests.
+///
+/// In baseline mode a write to a socket that is full waits in the kernel, and others may overtake it. A TUN queue takes or
+/// drops every packet at once, so tests may not fill what stands for it.
+pub fn io_mode() -> IoMode {
+    match std::env::var("RINGTUN_TEST_IO").as_deref() {
+        Err(_) | Ok("auto") => IoMode::Auto,
+        Ok("baseline") => IoMode::Baseline,
+        Ok(other) => panic!("RINGTUN_TEST_IO={other}: auto or baseline"),
+    }
+}
+
 /// A ring. Where locked memory is short, one that has ended may have to give its own back first, which takes a while.
 pub fn prepared_ring() -> PreparedRing {
     let mut prepared = None;
     eventually("there is memory for a ring", || {
-        match PreparedRing::new() {
+        match PreparedRing::new(io_mode()) {
             Ok(ring) => prepared = Some(ring),
             Err(RingError::MemoryLocked) => {}
             Err(error) => panic!("{error}"),

@@ -1,8 +1,9 @@
 //! Peers that do not keep to the rules harm nobody but themselves.
 
-use super::end::{End, OFFLOAD_CONTEXT, Terms, eventually, pair};
+use super::end::{End, OFFLOAD_CONTEXT, Terms, eventually, io_mode, pair};
 use super::packets::*;
 use super::peer::{Peer, Received, offloaded, plain};
+use ringtun::config::IoMode;
 use ringtun::proto::capsule::{
     Capsule, DATAGRAM_PAYLOAD_BYTES_MAX, datagram_header, kind, put_varint,
 };
@@ -226,6 +227,10 @@ fn garbage_ends_its_own_connection_only() {
 /// More packets in one read than the completion queue has entries.
 #[test]
 fn a_flood_of_the_shortest_packets_is_taken_or_counted() {
+    if io_mode() == IoMode::Baseline {
+        eprintln!("SKIPPED: it fills what stands for the TUN queue, see io_mode");
+        return;
+    }
     const FLOOD: usize = 100_000;
     let mut server = End::new();
     let (mut peer, _) = Peer::join(&mut server, &Terms::default());
