@@ -19,9 +19,9 @@ h2{font-size:21px;margin:48px 0 4px;padding-top:16px;border-top:1px solid var(--
 h3{font-size:16px;margin:20px 0 4px}
 p{margin:6px 0 14px;max-width:76ch}
 .soft,small{color:var(--soft)}small{font-size:13px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(225px,1fr));gap:14px;margin:22px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:14px;margin:22px 0}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:14px 16px}
-.tile b{display:block;font-size:30px;line-height:1.15;color:var(--accent)}
+.tile b{display:block;white-space:nowrap;font-size:28px;line-height:1.15;color:var(--accent)}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(420px,1fr));gap:26px 32px;margin:18px 0}
 .plots svg{width:100%;height:auto;display:block}
 .scroll{overflow-x:auto}

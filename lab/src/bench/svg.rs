@@ -12,8 +12,8 @@ const HEAD_HEIGHT: f64 = 48.0;
 const ROW_HEIGHT: f64 = 26.0;
 const FOOT_HEIGHT: f64 = 10.0;
 /// Where bars begin and how long the longest is; behind it is room for its figure.
-const BARS_X: f64 = 142.0;
-const BARS_WIDTH: f64 = 196.0;
+const BARS_X: f64 = 154.0;
+const BARS_WIDTH: f64 = 188.0;
 const BAR_HEIGHT: f64 = 16.0;
 /// Between the plots of [`sheet`].
 const GAP: f64 = 28.0;
