@@ -14,6 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::config::IoMode;
 use crate::stats::{ConnectionCounts, WorkerCounts};
 use crate::sys::netns::NetnsId;
 use crate::sys::tcp_info::TcpInfo;
@@ -52,6 +53,8 @@ pub struct Report {
     pub daemon_pid: u32,
     /// How long it has been running.
     pub up_seconds: f64,
+    /// What was asked for: the best that the kernel has, or only what Linux 5.10 has. What came of it is with the workers.
+    pub io_mode: IoMode,
     /// What the tunnel's interface takes unsegmented, by name.
     pub tun_offloads: Vec<String>,
     /// A server's own part.
@@ -133,7 +136,11 @@ pub struct Worker {
 pub struct WorkerIo {
     /// How its ring is set up: `deferred`, `cooperative` or `plain`.
     pub ring: String,
-    /// Packet memory that it has.
+    /// Whether it reads the TUN queue in batches that never wait (Linux 6.4), and not packet by packet.
+    pub tun_nowait: bool,
+    /// Packet memory that it was to have.
+    pub buffer_bytes_wanted: u64,
+    /// Packet memory that it has; less than wanted where RLIMIT_MEMLOCK allowed no more to be registered.
     pub buffer_bytes: u64,
     /// Whether that is registered with the ring.
     pub buffers_registered: bool,
@@ -312,6 +319,7 @@ pub(crate) mod examples {
             keeper_pid: 10,
             daemon_pid: 11,
             up_seconds: 7384.0,
+            io_mode: IoMode::Auto,
             tun_offloads: vec!["csum".into(), "tso4".into(), "tso6".into()],
             server: Some(Server {
                 listeners: vec!["[::]:443".parse().expect("address")],
@@ -325,6 +333,8 @@ pub(crate) mod examples {
             workers: vec![Worker {
                 io: WorkerIo {
                     ring: "deferred".into(),
+                    tun_nowait: true,
+                    buffer_bytes_wanted: 32 << 20,
                     buffer_bytes: 16 << 20,
                     buffers_registered: true,
                 },

@@ -28,6 +28,7 @@ fn assert_sound(status: &Value, role: &str, keeper: i32, daemon: i32) {
     assert_eq!(status["role"], role);
     assert_eq!(status["interface"], "ringtun0");
     assert_eq!(status["mtu_bytes"], 1500);
+    assert_eq!(status["io_mode"], "auto");
     assert!(status["up_seconds"].as_f64().expect("a time") > 0.0);
     assert!(list(status, "tun_offloads").contains(&json!("csum")));
     assert_ne!(number(status, "/network_namespace/inode"), 0);
@@ -37,6 +38,8 @@ fn assert_sound(status: &Value, role: &str, keeper: i32, daemon: i32) {
     for worker in list(status, "workers") {
         assert_ne!(number(worker, "/io/buffer_bytes"), 0);
         assert!(worker["io"]["buffers_registered"].is_boolean());
+        assert!(worker["io"]["tun_nowait"].is_boolean());
+        assert!(number(worker, "/io/buffer_bytes") <= number(worker, "/io/buffer_bytes_wanted"));
         let ring = worker["io"]["ring"].as_str().expect("a word");
         assert!(["deferred", "cooperative", "plain"].contains(&ring));
         assert_ne!(number(worker, "/counters/turns"), 0);

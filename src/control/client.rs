@@ -84,6 +84,7 @@ pub async fn run(
         &setup.config.interface,
         setup.config.mtu,
         &setup.origin,
+        setup.config.io,
         accepts,
     );
     let (progress, news) = mpsc::unbounded_channel();

@@ -62,6 +62,7 @@ pub async fn run(
         &setup.config.interface,
         setup.config.mtu,
         &setup.origin,
+        setup.config.io,
         house.offer.accepts,
     );
 

@@ -14,6 +14,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 
 use super::runtime::spawn;
+use crate::config::IoMode;
 use crate::keeper::request::Origin;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::ConnectionRef;
@@ -137,6 +138,7 @@ pub struct Subject {
     interface: String,
     mtu: u16,
     origin: Origin,
+    io_mode: IoMode,
     tun_offloads: Offloads,
     since: Instant,
 }
@@ -148,6 +150,7 @@ impl Subject {
         interface: &str,
         mtu: u16,
         origin: &Origin,
+        io_mode: IoMode,
         tun_offloads: Offloads,
     ) -> Self {
         Subject {
@@ -155,6 +158,7 @@ impl Subject {
             interface: interface.to_owned(),
             mtu,
             origin: origin.clone(),
+            io_mode,
             tun_offloads,
             since: Instant::now(),
         }
@@ -173,6 +177,7 @@ impl Subject {
             keeper_pid: self.origin.keeper,
             daemon_pid: std::process::id(),
             up_seconds: self.since.elapsed().as_secs_f64(),
+            io_mode: self.io_mode,
             tun_offloads: names(self.tun_offloads),
             server: None,
             client: None,
@@ -195,6 +200,8 @@ fn worker_io(info: WorkerInfo) -> WorkerIo {
             SetUp::Plain => "plain",
         }
         .to_owned(),
+        tun_nowait: info.tun_nowait,
+        buffer_bytes_wanted: info.buffer_bytes_wanted as u64,
         buffer_bytes: info.buffer_bytes as u64,
         buffers_registered: info.buffers_registered,
     }

@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
+use crate::config::IoMode;
+
 use super::{Connection, Report, Role, Session, State, Worker};
 
 /// Between columns.
@@ -85,6 +87,9 @@ fn facts(report: &Report) -> Table {
             fact("failed", failure.clone());
         }
     }
+    if report.io_mode != IoMode::Auto {
+        fact("io_uring", "baseline, by configuration".into());
+    }
     fact("offloads", report.tun_offloads.join(" "));
     let controls: BTreeSet<&str> = report
         .sessions
@@ -103,8 +108,13 @@ fn workers(workers: &[Worker]) -> Table {
     ]);
     for (index, worker) in workers.iter().enumerate() {
         let (io, counters) = (&worker.io, &worker.counters);
+        let wanted = if io.buffer_bytes < io.buffer_bytes_wanted {
+            format!(" of {}", bytes(io.buffer_bytes_wanted))
+        } else {
+            String::new()
+        };
         let buffers = format!(
-            "{}, {}",
+            "{}{wanted}, {}",
             bytes(io.buffer_bytes),
             if io.buffers_registered {
                 "registered"
@@ -112,9 +122,14 @@ fn workers(workers: &[Worker]) -> Table {
                 "not registered"
             }
         );
+        let reads = if io.tun_nowait {
+            "batches"
+        } else {
+            "one by one"
+        };
         table.row([
             index.to_string(),
-            io.ring.clone(),
+            format!("{}, {}", io.ring, reads),
             buffers,
             traffic(counters.tun_read_bytes, counters.tun_read_packets),
             traffic(counters.tun_written_bytes, counters.tun_written_packets),
@@ -351,8 +366,8 @@ ringtun0: server, up 2 h 3 min (version 0.1.0, keeper 10, daemon 11)
   pools         10.87.0.0/16 fd00::/64
   offloads      csum tso4 tso6
 
-  worker  io_uring  buffers             from TUN   to TUN  dropped
-  0       deferred  16 MiB, registered  0 B in 12  0       no route 4
+  worker  io_uring           buffers                       from TUN   to TUN  dropped
+  0       deferred, batches  16 MiB of 32 MiB, registered  0 B in 12  0       no route 4
 
   peer    addresses  connection         worker  age         sent              received       waiting       round trip  dropped
   laptop  10.87.0.2  203.0.113.5:41234  1       1 min 15 s  1.0 GiB in 1,000  1.5 KiB in 10  4.0 KiB in 3  0.0 ms      spoofed 2
