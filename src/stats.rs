@@ -99,6 +99,8 @@ counters! {
     dropped_no_route,
     /// Packets that an egress queue had no room for.
     dropped_queue_full,
+    /// Packets dropped to tell their senders that they wait too long.
+    dropped_codel,
     /// Packets that the other worker's inbox had no room for.
     dropped_handover_full,
     /// Packets from the TUN queue that could not be made to fit the peer.
@@ -113,6 +115,10 @@ counters! {
     dropped_unknown_context,
     /// Super-packets that the TUN queue refused and that were segmented here instead.
     segmented_after_refusal,
+    /// Packets that were marked (RFC 3168) to tell their senders that they wait too long.
+    signalled_marked,
+    /// Super-packets that lost a segment to tell the same.
+    signalled_trimmed,
     /// Packets handed over to another worker.
     handed_over,
     /// Turns of the event loop.
@@ -138,6 +144,12 @@ counters! {
     received_stream_bytes,
     /// Packets that its egress queue, or packet memory while it was backed up, had no room for.
     dropped_queue_full,
+    /// Packets dropped to tell their senders that they wait too long.
+    dropped_codel,
+    /// Packets that were marked (RFC 3168) to tell the same.
+    signalled_marked,
+    /// Super-packets that lost a segment to tell the same.
+    signalled_trimmed,
     /// Packets that could not be made to fit the peer.
     dropped_unfit,
     /// Packets of the peer with an invalid header.

@@ -1,6 +1,7 @@
 //! One TCP+TLS connection as its worker keeps it.
 
 use super::CloseCause;
+use super::waiting::Outgoing;
 use crate::proto::deframer::Deframer;
 use crate::proto::egress_queue::EgressQueue;
 use crate::proto::http::OffloadHeader;
@@ -49,19 +50,6 @@ impl InnerSources {
                 packet::source(packet).is_some_and(|source| addresses.contains(&source))
             }
         }
-    }
-}
-
-/// A packet that waits: `virtio_net_hdr` and packet fill the buffer from `start` on.
-pub(super) struct Outgoing {
-    pub(super) buffer: Buffer,
-    pub(super) start: usize,
-}
-
-impl Outgoing {
-    /// `virtio_net_hdr` and packet.
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.buffer.bytes()[self.start..]
     }
 }
 
@@ -202,8 +190,6 @@ pub(super) struct Connection {
 
     // outbound
     pub(super) queue: EgressQueue<Outgoing>,
-    /// Taken from the queue, but the chunk had no room.
-    pub(super) next: Option<Outgoing>,
     /// Encoded capsules that go ahead of packets.
     pub(super) capsules: Vec<u8>,
     /// Sealed records that wait for the socket.
@@ -224,16 +210,8 @@ impl Connection {
 
     /// Makes known what waits for the connection.
     pub(super) fn show_queue(&self) {
-        let next_bytes = self.next.as_ref().map(|next| next.bytes().len());
-        let packets = self.queue.len() + usize::from(next_bytes.is_some());
-        let bytes = self.queue.bytes() + next_bytes.unwrap_or(0);
-        self.stats.queue_packets.set(packets as u64);
-        self.stats.queue_bytes.set(bytes as u64);
-    }
-
-    /// Whether a packet queued now would wait for the socket.
-    pub(super) fn is_backed_up(&self) -> bool {
-        self.next.is_some()
+        self.stats.queue_packets.set(self.queue.len() as u64);
+        self.stats.queue_bytes.set(self.queue.bytes() as u64);
     }
 }
 

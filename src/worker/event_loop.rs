@@ -371,8 +371,7 @@ impl Worker {
             plaintext: None,
             spilled_ciphertext: handoff.established.ciphertext,
             spilled_plaintext: handoff.established.plaintext,
-            queue: EgressQueue::new(self.queue_bytes_max),
-            next: None,
+            queue: EgressQueue::new(),
             capsules: Vec::new(),
             fill: None,
             sending: None,
@@ -408,11 +407,9 @@ impl Worker {
             deadline,
             said_goodbye: false,
         };
-        let waiting: Vec<_> = connection.next.take().into_iter().collect();
-        let waiting = waiting.into_iter().chain(connection.queue.drain());
-        let waiting: Vec<Buffer> = waiting.map(|outgoing| outgoing.buffer).collect();
-        for buffer in waiting {
-            self.pool.release(buffer);
+        let waiting = connection.queue.drain();
+        for outgoing in waiting {
+            self.pool.release(outgoing.buffer);
         }
         if flushable {
             self.mark_dirty(slot);
@@ -498,6 +495,7 @@ impl Worker {
             }
             Life::Draining { .. } => return,
         }
+        connection.queue.release_memory(now);
         let quiet = now.since(connection.clock.received) >= PARK_AFTER;
         if quiet && !connection.parking && matches!(connection.receive, Receive::Reading(_)) {
             connection.parking = true;

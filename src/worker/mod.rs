@@ -19,6 +19,7 @@ mod event_loop;
 mod handover;
 mod inbound;
 mod outbound;
+mod waiting;
 
 use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::http::OffloadHeader;

@@ -1,11 +1,11 @@
 //! TUN to TCP, in the order that a packet takes.
 
-use super::connection::{Connection, Life, Outgoing, PARK_AFTER, Sending};
-use super::event_loop::{PACKETS_LEFT_MIN, TUN, Worker, is_hang_up};
+use super::connection::{Connection, Life, PARK_AFTER, Sending};
+use super::event_loop::{TUN, Worker, is_hang_up};
 use super::handover::{Handover, Posted};
+use super::waiting::Outgoing;
 use super::{CloseCause, WorkerError};
 use crate::proto::capsule::{DATAGRAM_HEADER_BYTES_MAX, datagram_header};
-use crate::proto::egress_queue::Admit;
 use crate::proto::flow_hash::flow_hash;
 use crate::proto::offload::{self, Fit, Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
 use crate::proto::packet;
@@ -203,60 +203,9 @@ impl Worker {
         let Some(mut connection) = self.take_out(slot) else {
             return;
         };
-        let admitted = if connection.is_backed_up() {
-            self.keep_waiting(buffer, false)
-        } else {
-            Some(buffer)
-        };
-        let counters = &connection.stats.counters;
-        if admitted.is_none() {
-            counters.dropped_queue_full.add(1);
-        }
-        if let Some(buffer) = admitted {
-            let bytes = buffer.filled() - HEADROOM_BYTES;
-            let outgoing = Outgoing {
-                buffer,
-                start: HEADROOM_BYTES,
-            };
-            if let Admit::Dropped(outgoing) = connection.queue.push(self.now, flow, bytes, outgoing)
-            {
-                self.counters.dropped_queue_full.add(1);
-                counters.dropped_queue_full.add(1);
-                self.pool.release(outgoing.buffer);
-            }
-        }
+        self.admit(&mut connection, flow, buffer);
         self.put_back(slot, connection);
         self.mark_dirty(slot);
-    }
-
-    /// A packet that has to wait for the socket moves to a small slot if it fits, and is dropped if too few slots would
-    /// be left to others. One that waits `alone` on its connection may use what is left for those.
-    fn keep_waiting(&mut self, buffer: Buffer, alone: bool) -> Option<Buffer> {
-        let buffer = self.shrink(buffer);
-        let too_many = match (buffer.capacity() == SMALL_SLOT_BYTES, alone) {
-            (true, true) => false,
-            (true, false) => self.is_short_of(Class::Small),
-            (false, true) => self.pool.free(Class::Packet) < PACKETS_LEFT_MIN,
-            (false, false) => self.is_short_of(Class::Packet),
-        };
-        if too_many {
-            self.counters.dropped_queue_full.add(1);
-            self.pool.release(buffer);
-            return None;
-        }
-        Some(buffer)
-    }
-
-    fn shrink(&mut self, buffer: Buffer) -> Buffer {
-        if buffer.filled() > SMALL_SLOT_BYTES || buffer.capacity() == SMALL_SLOT_BYTES {
-            return buffer;
-        }
-        let Some(mut small) = self.pool.take(Class::Small) else {
-            return buffer;
-        };
-        small.append(buffer.bytes());
-        self.pool.release(buffer);
-        small
     }
 
     /// Steps 4 and 5 for every connection that has something to say.
@@ -350,8 +299,11 @@ impl Worker {
         };
         let now = self.now;
         let mut result = Ok(());
-        while let Some(mut outgoing) = connection.next.take().or_else(|| connection.queue.pop(now))
-        {
+        while let Some(popped) = connection.queue.pop(now) {
+            let place = popped.place;
+            let Some(mut outgoing) = self.heed(connection, popped.verdict, popped.packet) else {
+                continue;
+            };
             let header = header_of(&outgoing);
             let fit = offload::fit(header, packet_of(&outgoing), accepts);
             let segments = match fit {
@@ -370,15 +322,8 @@ impl Worker {
             if !self.has_room(connection, need) {
                 result = result.and(self.flush_staging(connection));
                 if !self.make_room(connection, need) {
-                    let Outgoing { buffer, start } = outgoing;
-                    connection.next = self
-                        .keep_waiting(buffer, connection.queue.is_empty())
-                        .map(|buffer| Outgoing { buffer, start });
-                    if connection.next.is_some() {
-                        break;
-                    }
-                    connection.stats.counters.dropped_queue_full.add(1);
-                    continue;
+                    self.wait(connection, place, outgoing);
+                    break;
                 }
             }
             let Some(chunk) = &mut connection.fill else {

@@ -1,0 +1,162 @@
+//! What waits for a connection, and how much memory it may hold meanwhile.
+//!
+//! Nobody is promised memory. A queue may hold as many slots of a class as are free besides a reserve, so that one stalled
+//! connection gets half of them, two get a third each, and whoever comes next finds some. Packets that are on their way
+//! through within this turn of the loop do not count.
+
+use super::connection::Connection;
+use super::event_loop::{PACKETS_LEFT_MIN, Worker};
+use crate::proto::egress_queue::{Admit, Bounds, CLASSES, Place, Queued, Verdict};
+use crate::proto::offload::{Signal, signal};
+use crate::uring::buffer::{Buffer, Class, HEADROOM_BYTES, Pool, SMALL_SLOT_BYTES};
+
+/// Of the small slots, this part is left to others.
+const SMALL_RESERVE_SHARE: usize = 8;
+/// Classes of memory as the queue counts them.
+const LARGE: usize = 0;
+const SMALL: usize = 1;
+
+const _: () = assert!(LARGE < CLASSES && SMALL < CLASSES);
+
+/// A packet that waits: `virtio_net_hdr` and packet fill the buffer from `start` on. There is headroom before.
+pub(super) struct Outgoing {
+    pub(super) buffer: Buffer,
+    pub(super) start: usize,
+}
+
+impl Outgoing {
+    /// `virtio_net_hdr` and packet.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.buffer.bytes()[self.start..]
+    }
+
+    /// Moves to a small slot if it fits and there is one.
+    fn shrink(&mut self, pool: &mut Pool) {
+        let with_headroom = self.start - HEADROOM_BYTES;
+        if self.buffer.capacity() == SMALL_SLOT_BYTES
+            || self.buffer.filled() - with_headroom > SMALL_SLOT_BYTES
+        {
+            return;
+        }
+        let Some(mut small) = pool.take(Class::Small) else {
+            return;
+        };
+        small.append(&self.buffer.bytes()[with_headroom..]);
+        pool.release(std::mem::replace(&mut self.buffer, small));
+        self.start = HEADROOM_BYTES;
+    }
+}
+
+impl Queued for Outgoing {
+    #[inline]
+    fn bytes(&self) -> usize {
+        self.buffer.filled() - self.start
+    }
+
+    #[inline]
+    fn class(&self) -> usize {
+        if self.buffer.capacity() == SMALL_SLOT_BYTES {
+            SMALL
+        } else {
+            LARGE
+        }
+    }
+
+    fn signal(&mut self) -> Verdict {
+        match signal(&mut self.buffer.bytes_mut()[self.start..]) {
+            Signal::Marked => Verdict::Marked,
+            Signal::Trimmed { bytes } => {
+                self.start += bytes;
+                Verdict::Trimmed
+            }
+            Signal::Drop => Verdict::Drop,
+            Signal::Spare => Verdict::Pass,
+        }
+    }
+}
+
+impl Worker {
+    /// Puts a packet into the connection's queue.
+    pub(super) fn admit(&mut self, connection: &mut Connection, flow: u32, buffer: Buffer) {
+        let mut outgoing = Outgoing {
+            buffer,
+            start: HEADROOM_BYTES,
+        };
+        let bounds = if connection.queue.is_backlogged() {
+            outgoing.shrink(&mut self.pool);
+            self.bounds(1)
+        } else {
+            Bounds::of_bytes(self.queue_bytes_max)
+        };
+        let admit = connection.queue.push(self.now, flow, outgoing, &bounds);
+        self.release_dropped(connection, admit);
+    }
+
+    /// Puts back what there was no room for. If it is the first that has to wait, all that came with it waits from now on.
+    pub(super) fn wait(&mut self, connection: &mut Connection, place: Place, outgoing: Outgoing) {
+        let was_backlogged = connection.queue.is_backlogged();
+        connection.queue.put_back(place, outgoing);
+        if was_backlogged {
+            return;
+        }
+        let pool = &mut self.pool;
+        connection.queue.repack(|outgoing| outgoing.shrink(pool));
+        let held = connection.queue.slots()[LARGE];
+        let bounds = self.bounds(held);
+        let admit = connection.queue.keep_to(&bounds);
+        self.release_dropped(connection, admit);
+    }
+
+    /// What a queue may hold that has just got `taken` more large slots than it was granted.
+    fn bounds(&self, taken: usize) -> Bounds {
+        let large = self.pool.free(Class::Packet) + taken;
+        let small_reserve = self.pool.slots(Class::Small) / SMALL_RESERVE_SHARE;
+        let small = self.pool.free(Class::Small).saturating_sub(small_reserve);
+        let mut slots_max = [0; CLASSES];
+        slots_max[LARGE] = large.saturating_sub(PACKETS_LEFT_MIN);
+        slots_max[SMALL] = small.max(1);
+        Bounds {
+            bytes_max: self.queue_bytes_max,
+            slots_max,
+        }
+    }
+
+    fn release_dropped(&mut self, connection: &mut Connection, admit: Admit) {
+        if admit == Admit::Queued {
+            return;
+        }
+        while let Some(outgoing) = connection.queue.take_dropped() {
+            self.counters.dropped_queue_full.add(1);
+            connection.stats.counters.dropped_queue_full.add(1);
+            self.pool.release(outgoing.buffer);
+        }
+    }
+
+    /// Counts what the queue decided. The packet, unless it has to be dropped.
+    pub(super) fn heed(
+        &mut self,
+        connection: &Connection,
+        verdict: Verdict,
+        outgoing: Outgoing,
+    ) -> Option<Outgoing> {
+        let counters = &connection.stats.counters;
+        match verdict {
+            Verdict::Pass => return Some(outgoing),
+            Verdict::Marked => {
+                self.counters.signalled_marked.add(1);
+                counters.signalled_marked.add(1);
+            }
+            Verdict::Trimmed => {
+                self.counters.signalled_trimmed.add(1);
+                counters.signalled_trimmed.add(1);
+            }
+            Verdict::Drop => {
+                self.counters.dropped_codel.add(1);
+                counters.dropped_codel.add(1);
+                self.pool.release(outgoing.buffer);
+                return None;
+            }
+        }
+        Some(outgoing)
+    }
+}
