@@ -91,14 +91,16 @@ pub struct Ring {
     buffers_registered: bool,
     /// Storage of the tick's time; the kernel reads it at submission.
     tick: Box<types::Timespec>,
-    /// Where reads of the eventfd land; never looked at.
-    wake_count: Box<u64>,
+    /// Where reads of the bell land; never looked at.
+    strokes: Box<[u8; STROKES_MAX]>,
     /// Completions that were there before anyone asked, because the submission queue was full.
     early: Vec<Completion>,
 }
 
-/// What is written to an eventfd to wake its owner.
-static WAKE: u64 = 1;
+/// What is written to a bell to wake its owner.
+static STROKE: u8 = 1;
+/// Strokes that are silenced at once; if there are more, the bell goes on ringing.
+const STROKES_MAX: usize = 64;
 
 impl Ring {
     /// Enables the ring for the calling thread, with room for `files` registered files.
@@ -121,7 +123,7 @@ impl Ring {
             files,
             buffers_registered: false,
             tick: Box::new(types::Timespec::new()),
-            wake_count: Box::new(0),
+            strokes: Box::new([0; STROKES_MAX]),
             early: Vec::new(),
         })
     }
@@ -191,7 +193,7 @@ impl Ring {
             return Ok(false);
         }
         // Of no bytes, so that no packet is lost.
-        let address = (&raw mut *self.wake_count).cast();
+        let address = self.strokes.as_mut_ptr();
         let read = opcode::Read::new(types::Fixed(file.0), address, 0)
             .rw_flags(WhenDry::Fail.rw_flags())
             .build();
@@ -303,18 +305,17 @@ impl Ring {
 
     /// Silences a bell that has rung: the next ring is a new one.
     pub fn silence(&mut self, file: FileSlot, token: Token) {
-        let address = (&raw mut *self.wake_count).cast();
+        let address = self.strokes.as_mut_ptr();
         self.push(
-            opcode::Read::new(types::Fixed(file.0), address, 8).build(),
+            opcode::Read::new(types::Fixed(file.0), address, STROKES_MAX as u32).build(),
             token,
         );
     }
 
-    /// Adds one to another worker's eventfd.
+    /// Rings another worker's bell.
     pub fn wake(&mut self, file: FileSlot, token: Token) {
-        let address = (&raw const WAKE).cast();
         self.push(
-            opcode::Write::new(types::Fixed(file.0), address, 8).build(),
+            opcode::Write::new(types::Fixed(file.0), &raw const STROKE, 1).build(),
             token,
         );
     }
@@ -375,27 +376,39 @@ fn collect(ring: &mut IoUring, completions: &mut Vec<Completion>) {
     }
 }
 
-/// An eventfd, the bell of a worker.
+/// The bell of a worker: a pipe, both ends non-blocking.
 ///
-/// It is non-blocking: io_uring hands a write to a blocking eventfd to a thread of its own (`loop_rw_iter` in the
-/// kernel). So its owner polls it and does not leave a read in the kernel.
-///
-/// # Errors
-/// What eventfd(2) says.
-pub fn bell() -> io::Result<OwnedFd> {
-    use nix::sys::eventfd::{EfdFlags, EventFd};
-    let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-    Ok(OwnedFd::from(event))
+/// Not an eventfd: on 5.10 io_uring hands every write to one to a thread of its own, as an eventfd has no `write_iter`
+/// (`loop_rw_iter` in the kernel). And its owner polls it and leaves no read in the kernel.
+pub struct Bell {
+    /// What its owner polls and silences.
+    pub heard: OwnedFd,
+    /// What others ring it by.
+    pub rope: OwnedFd,
 }
 
-/// Rings a bell from a thread that has no ring.
-///
-/// # Errors
-/// What write(2) says.
-pub fn ring_bell(bell: BorrowedFd<'_>) -> io::Result<()> {
-    nix::unistd::write(bell, &WAKE.to_ne_bytes())
-        .map(drop)
-        .map_err(Into::into)
+impl Bell {
+    /// A silent bell.
+    ///
+    /// # Errors
+    /// What pipe2(2) says.
+    pub fn new() -> io::Result<Self> {
+        use nix::fcntl::OFlag;
+        let (heard, rope) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        Ok(Self { heard, rope })
+    }
+
+    /// Rings it from a thread that has no ring.
+    ///
+    /// # Errors
+    /// What write(2) says.
+    pub fn ring(&self) -> io::Result<()> {
+        match nix::unistd::write(&self.rope, &[STROKE]) {
+            // Full, so it rings already.
+            Ok(_) | Err(nix::errno::Errno::EAGAIN) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -549,16 +562,18 @@ mod tests {
     #[test]
     fn bells_ring() {
         let mut ring = Ring::start(PreparedRing::new(IoMode::Auto).unwrap(), 4).unwrap();
-        let bell = bell().unwrap();
-        ring.register_file(FileSlot(0), bell.as_fd()).unwrap();
+        let bell = Bell::new().unwrap();
+        ring.register_file(FileSlot(0), bell.heard.as_fd()).unwrap();
+        ring.register_file(FileSlot(1), bell.rope.as_fd()).unwrap();
         let rung = Token::single(Operation::Wake);
         ring.poll_input(FileSlot(0), rung);
-        ring_bell(bell.as_fd()).unwrap();
+        bell.ring().unwrap();
+        bell.ring().unwrap();
         assert_eq!(reap_one(&mut ring).token, rung);
         ring.silence(FileSlot(0), Token::single(Operation::Silence));
-        assert_eq!(reap_one(&mut ring).result(), Ok(8));
+        assert_eq!(reap_one(&mut ring).result(), Ok(2));
         ring.poll_input(FileSlot(0), rung);
-        ring.wake(FileSlot(0), Token::single(Operation::WakePeer));
+        ring.wake(FileSlot(1), Token::single(Operation::WakePeer));
         let mut completions = Vec::new();
         while completions.len() < 2 {
             ring.submit_and_reap(&mut completions).unwrap();
@@ -573,17 +588,18 @@ mod tests {
     #[test]
     fn no_operation_on_a_bell_needs_a_kernel_thread() {
         let mut ring = Ring::start(PreparedRing::new(IoMode::Auto).unwrap(), 4).unwrap();
-        let bell = bell().unwrap();
-        ring.register_file(FileSlot(0), bell.as_fd()).unwrap();
+        let bell = Bell::new().unwrap();
+        ring.register_file(FileSlot(0), bell.heard.as_fd()).unwrap();
+        ring.register_file(FileSlot(1), bell.rope.as_fd()).unwrap();
         for _ in 0..100 {
             ring.poll_input(FileSlot(0), Token::single(Operation::Wake));
-            ring.wake(FileSlot(0), Token::single(Operation::WakePeer));
+            ring.wake(FileSlot(1), Token::single(Operation::WakePeer));
             let mut completions = Vec::new();
             while completions.len() < 2 {
                 ring.submit_and_reap(&mut completions).unwrap();
             }
             ring.silence(FileSlot(0), Token::single(Operation::Silence));
-            assert_eq!(reap_one(&mut ring).result(), Ok(8));
+            assert_eq!(reap_one(&mut ring).result(), Ok(1));
         }
         // io_uring names its threads after the one that made the request.
         let own = format!("iou-wrk-{}", nix::unistd::gettid());
@@ -597,7 +613,7 @@ mod tests {
     #[test]
     fn a_file_slot_out_of_range_is_an_error() {
         let mut ring = Ring::start(PreparedRing::new(IoMode::Auto).unwrap(), 2).unwrap();
-        let bell = bell().unwrap();
-        assert!(ring.register_file(FileSlot(2), bell.as_fd()).is_err());
+        let bell = Bell::new().unwrap();
+        assert!(ring.register_file(FileSlot(2), bell.heard.as_fd()).is_err());
     }
 }

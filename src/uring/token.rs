@@ -24,7 +24,7 @@ pub enum Operation {
     Wake,
     /// The bell is silent again, and whatever rang it can be looked at.
     Silence,
-    /// Waking another worker by its eventfd.
+    /// Waking another worker by its bell.
     WakePeer,
     /// The periodic timer.
     Tick,

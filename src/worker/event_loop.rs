@@ -112,12 +112,12 @@ impl Worker {
             .min(FILES_MAX);
         let mut ring = Ring::start(setup.ring, files as u32)?;
         let (pool, buffers_registered) = packet_memory(&mut ring, setup.buffer_bytes)?;
-        ring.register_file(BELL, inlets[index].bell.as_fd())
+        ring.register_file(BELL, inlets[index].bell.heard.as_fd())
             .map_err(WorkerError::File)?;
         ring.register_file(TUN, setup.tun.as_fd())
             .map_err(WorkerError::File)?;
         for (peer, inlet) in inlets.iter().enumerate() {
-            ring.register_file(FileSlot(FIRST_PEER + peer as u32), inlet.bell.as_fd())
+            ring.register_file(FileSlot(FIRST_PEER + peer as u32), inlet.bell.rope.as_fd())
                 .map_err(WorkerError::File)?;
         }
         let nowait = ring.takes_nowait(TUN).map_err(WorkerError::Enter)?;

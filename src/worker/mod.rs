@@ -28,14 +28,14 @@ use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::stats::{ConnectionStats, WorkerCounters};
 use crate::tls::handshake::{Agreed, Established};
 use crate::uring::probe::{RingError, SetUp};
-use crate::uring::ring::{self, PreparedRing, Ring};
+use crate::uring::ring::{Bell, PreparedRing, Ring};
 use connection::InnerSources;
 use crossbeam_queue::SegQueue;
 use handover::Mailbox;
 use slab::Slab;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -160,7 +160,7 @@ pub(crate) enum Command {
 
 /// The way into a worker from other threads.
 pub(crate) struct Inlet {
-    pub(crate) bell: OwnedFd,
+    pub(crate) bell: Bell,
     pub(crate) commands: SegQueue<Command>,
     pub(crate) mailbox: Mailbox,
 }
@@ -292,7 +292,7 @@ impl Workers {
         let inlets = setups
             .iter()
             .map(|_| {
-                let bell = ring::bell().map_err(WorkerError::File)?;
+                let bell = Bell::new().map_err(WorkerError::File)?;
                 Ok(Arc::new(Inlet {
                     bell,
                     commands: SegQueue::new(),
@@ -424,7 +424,7 @@ impl Workers {
     fn tell(&self, worker: u16, command: Command) {
         let inlet = &self.workers[worker as usize].inlet;
         inlet.commands.push(command);
-        if let Err(error) = ring::ring_bell(inlet.bell.as_fd()) {
+        if let Err(error) = inlet.bell.ring() {
             tracing::error!("cannot wake worker {worker}: {error}");
         }
     }
