@@ -40,6 +40,7 @@ use crate::keeper::{DaemonStart, LinkError};
 use crate::proto::offload::Offloads;
 use crate::sys::sandbox;
 use crate::uring::buffer::BUDGET_BYTES_DEFAULT;
+use crate::uring::probe::RingError;
 use crate::uring::ring::PreparedRing;
 use crate::worker::{self, CloseCause, Event, Rehearsal, WorkerError, WorkerSetup, Workers};
 
@@ -83,7 +84,12 @@ pub fn run_daemon() -> u8 {
     // It was started as /proc/self/exe, and would be called `exe` in process lists. A name is a nicety.
     let _ = nix::sys::prctl::set_name(PROCESS_NAME);
     // Rings are made before the privileges go.
-    let start = DaemonStart::enter(|setup| (runtime::Runtime::new(), Rings::prepare(setup.io())));
+    let start = DaemonStart::enter(|setup| {
+        let share = LockableMemory::find();
+        let (workers, io) = (setup.workers(), setup.io());
+        let runtime = runtime::Runtime::new(share.of_ring(workers));
+        (runtime, Rings::prepare(io, workers, share))
+    });
     let (start, (runtime, rings)) = match start {
         Ok(start) => start,
         Err(error) => {
@@ -129,7 +135,8 @@ async fn last_words(words: impl Future<Output = Result<(), LinkError>>) {
 /// The user has to know what denies io_uring, and without it there is only plain tokio to tell the keeper.
 fn report_without_ring(start: DaemonStart, error: &io::Error) -> u8 {
     // The same refusal again, in words that say what to do.
-    let line = match PreparedRing::new(start.setup.io()) {
+    let line = match PreparedRing::new(start.setup.io(), 0) {
+        _ if error.raw_os_error() == Some(libc::ENOMEM) => chain(&RingError::MemoryLocked),
         Err(refusal) => chain(&refusal),
         Ok(_) => format!("cannot set up the control thread: {error}"),
     };
@@ -153,30 +160,45 @@ fn report_without_ring(start: DaemonStart, error: &io::Error) -> u8 {
 pub struct Rings {
     prepared: Vec<PreparedRing>,
     io: IoMode,
-    unlimited: bool,
+    share: LockableMemory,
 }
 
-impl Rings {
-    /// One for each core. What cannot be made now is tried again when it is needed, and reported then.
-    fn prepare(io: IoMode) -> Self {
-        Rings {
-            prepared: (0..cores())
-                .map_while(|_| PreparedRing::new(io).ok())
-                .collect(),
-            io,
-            unlimited: sandbox::may_lock_memory(),
+/// Bytes of this daemon's share of the memory that its user may lock, for rings and buffers. RLIMIT_MEMLOCK bounds all
+/// daemons of a user together.
+#[derive(Clone, Copy)]
+struct LockableMemory(usize);
+
+impl LockableMemory {
+    /// To be asked for with the privileges that the rings are made with.
+    fn find() -> Self {
+        match getrlimit(Resource::RLIMIT_MEMLOCK) {
+            Ok((limit, _)) if limit != RLIM_INFINITY && !sandbox::may_lock_memory() => {
+                LockableMemory(usize::try_from(limit).unwrap_or(usize::MAX) / DAEMONS_PER_USER)
+            }
+            _ => LockableMemory(usize::MAX),
         }
     }
 
-    /// Packet memory of one of `workers` workers. Where RLIMIT_MEMLOCK bounds it, it bounds all daemons of the user
-    /// together, so this one takes its share and no more.
-    fn buffer_bytes(&self, workers: usize) -> usize {
-        match getrlimit(Resource::RLIMIT_MEMLOCK) {
-            Ok((limit, _)) if limit != RLIM_INFINITY && !self.unlimited => {
-                let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-                (limit / DAEMONS_PER_USER / workers.max(1)).min(BUDGET_BYTES_DEFAULT)
-            }
-            _ => BUDGET_BYTES_DEFAULT,
+    /// What the ring of one of `workers` workers, or of the control thread, may take.
+    fn of_ring(self, workers: usize) -> usize {
+        self.0 / (workers + 1)
+    }
+
+    /// What one of `workers` workers may register.
+    fn of_buffers(self, workers: usize) -> usize {
+        self.0 / workers.max(1)
+    }
+}
+
+impl Rings {
+    /// One for each worker. What cannot be made now is tried again when it is needed, and reported then.
+    fn prepare(io: IoMode, workers: usize, share: LockableMemory) -> Self {
+        Rings {
+            prepared: (0..workers)
+                .map_while(|_| PreparedRing::new(io, share.of_ring(workers)).ok())
+                .collect(),
+            io,
+            share,
         }
     }
 
@@ -187,14 +209,18 @@ impl Rings {
         tun_offloads: Offloads,
         events: &mpsc::UnboundedSender<Event>,
     ) -> Result<Workers, WorkerError> {
-        let buffer_bytes = self.buffer_bytes(tun_queues.len());
+        let workers = tun_queues.len();
         let setups = tun_queues.into_iter().map(|tun| {
             let prepared = self.prepared.pop();
             Ok(WorkerSetup {
-                ring: prepared.map_or_else(|| PreparedRing::new(self.io), Ok)?,
+                ring: prepared.map_or_else(
+                    || PreparedRing::new(self.io, self.share.of_ring(workers)),
+                    Ok,
+                )?,
                 tun,
                 tun_offloads,
-                buffer_bytes,
+                buffer_bytes: BUDGET_BYTES_DEFAULT,
+                lockable_bytes: self.share.of_buffers(workers),
                 queue_bytes_max: EGRESS_QUEUE_BYTES_MAX,
             })
         });
@@ -217,14 +243,16 @@ fn log_workers(workers: &Workers) {
 /// # Errors
 /// What would end the daemon.
 pub fn rehearse(workers: usize) -> Result<Rehearsal, RehearsalError> {
-    let rings = Rings {
-        prepared: Vec::new(),
-        io: IoMode::Auto,
-        unlimited: sandbox::may_lock_memory(),
-    };
-    let ring = PreparedRing::new(rings.io).map_err(WorkerError::from)?;
-    runtime::Runtime::new().map_err(RehearsalError::Control)?;
-    Ok(worker::rehearse(ring, rings.buffer_bytes(workers))?)
+    let share = LockableMemory::find();
+    runtime::Runtime::new(share.of_ring(workers)).map_err(RehearsalError::Control)?;
+    let ring =
+        PreparedRing::new(IoMode::Auto, share.of_ring(workers)).map_err(WorkerError::from)?;
+    let lockable_bytes = share.of_buffers(workers);
+    Ok(worker::rehearse(
+        ring,
+        BUDGET_BYTES_DEFAULT,
+        lockable_bytes,
+    )?)
 }
 
 /// Why a daemon could not run.
@@ -236,10 +264,6 @@ pub enum RehearsalError {
     /// The control thread.
     #[error("cannot set up the control thread's io_uring")]
     Control(#[source] io::Error),
-}
-
-fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// How a connection ended, for the log.

@@ -16,12 +16,13 @@ use tokio::time::{Instant, timeout_at};
 use tokio_uring::net::{TcpListener as RingListener, TcpStream as RingStream};
 
 use crate::sys::descriptor::duplicate;
+use crate::uring::probe::ring_bytes;
 
 /// Bytes asked for by one read: a whole TLS record and its header.
 pub const READ_BYTES: usize = 17 * 1024;
 
-/// Submission queue entries of the control ring.
-const RING_ENTRIES: u32 = 256;
+/// Submission queue entries of the control ring, best first. There are twice as many completions.
+const RING_ENTRIES: [u32; 2] = [256, 32];
 
 /// A tokio-uring runtime for this thread.
 ///
@@ -32,15 +33,29 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// Sets the ring up.
+    /// Sets the ring up, of no more than `lockable_bytes` unless that is less than the smallest one.
     ///
     /// # Errors
     /// What io_uring_setup(2) said, when the kernel or a container refuses it.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(lockable_bytes: usize) -> io::Result<Self> {
+        let [best, smallest] = RING_ENTRIES;
+        let ring = if ring_bytes(best, 2 * best) > lockable_bytes {
+            Self::with(smallest)
+        } else {
+            Self::with(best).or_else(|error| match error.raw_os_error() {
+                Some(libc::ENOMEM) => Self::with(smallest),
+                _ => Err(error),
+            })
+        };
+        Ok(Runtime {
+            ring: ManuallyDrop::new(ring?),
+        })
+    }
+
+    fn with(entries: u32) -> io::Result<tokio_uring::Runtime> {
         let mut builder = tokio_uring::builder();
-        builder.entries(RING_ENTRIES);
-        let ring = ManuallyDrop::new(tokio_uring::Runtime::new(&builder)?);
-        Ok(Runtime { ring })
+        builder.entries(entries);
+        tokio_uring::Runtime::new(&builder)
     }
 
     /// Runs `main` to its end.
@@ -226,7 +241,7 @@ mod tests {
 
     #[test]
     fn bytes_go_both_ways_and_the_socket_can_be_given_away() {
-        Runtime::new().expect("io_uring").run(async {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
             let (stream, mut peer) = pair().await;
             peer.write_all(b"ping").expect("written");
             let mut read = Vec::new();
@@ -249,7 +264,7 @@ mod tests {
 
     #[test]
     fn connecting_ends_in_a_connection_or_an_error() {
-        Runtime::new().expect("io_uring").run(async {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bound");
             let address = listener.local_addr().expect("address");
             let socket = || {
@@ -272,7 +287,7 @@ mod tests {
 
     #[test]
     fn a_read_that_was_given_up_lets_go_of_the_socket() {
-        Runtime::new().expect("io_uring").run(async {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
             let (stream, mut peer) = pair().await;
             let error = stream
                 .read(&mut Vec::new(), Instant::now())

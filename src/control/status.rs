@@ -270,7 +270,7 @@ mod tests {
 
     #[test]
     fn a_client_gets_one_document() {
-        Runtime::new().expect("io_uring").run(async {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
             let (_directory, path, mut questions) = socket();
             let client = std::thread::spawn(move || ask(&path));
             let report = examples::server(vec![examples::session("alice")]);
@@ -290,7 +290,7 @@ mod tests {
 
     #[test]
     fn other_requests_get_nothing() {
-        Runtime::new().expect("io_uring").run(async {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
             let (_directory, path, _questions) = socket();
             for request in [&b"reload\n"[..], b"", b"status", b"\0\0\0\0\0\0\0\0\0\0\0"] {
                 let path = path.clone();
@@ -313,7 +313,7 @@ mod tests {
 
     #[test]
     fn clients_that_say_nothing_or_do_not_read_keep_others_waiting_for_a_while_only() {
-        Runtime::new().expect("io_uring").run(async {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
             let (_directory, path, mut questions) = socket();
             spawn(async move {
                 while let Some(question) = questions.recv().await {

@@ -417,7 +417,7 @@ mod tests {
 
     #[test]
     fn whoever_has_no_token_sees_a_small_site_and_nothing_else() {
-        Runtime::new().expect("io_uring").run(async {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
             let (house, tls) = house();
             let page = ask(
                 &house,
@@ -456,7 +456,7 @@ mod tests {
 
     #[test]
     fn a_malformed_upgrade_with_the_right_token_is_told_so() {
-        Runtime::new().expect("io_uring").run(async {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
             let (house, tls) = house();
             let right = format!(
                 "Authorization: Bearer {}\n",
@@ -472,7 +472,7 @@ mod tests {
 
     #[test]
     fn a_connection_is_kept_for_more_requests_and_bodies_are_passed_over() {
-        Runtime::new().expect("io_uring").run(async {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
             let (house, tls) = house();
             let requests = "POST /a HTTP/1.1\nHost: site.example\nContent-Length: 5\n\n12345\
                             GET / HTTP/1.1\nHost: site.example\nConnection: close\n\n";
@@ -484,7 +484,7 @@ mod tests {
 
     #[test]
     fn garbage_inside_tls_gets_an_ordinary_400() {
-        Runtime::new().expect("io_uring").run(async {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
             let (house, tls) = house();
             let answer = ask(&house, &tls, "\u{1}\u{2}\u{3}\n\n").await;
             assert!(
@@ -505,7 +505,7 @@ mod tests {
 
     #[test]
     fn plain_http_is_sent_to_https() {
-        Runtime::new().expect("io_uring").run(async {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
             let (house, _) = house();
             let stream = visit(&house).await;
             let request = b"GET /a?b HTTP/1.1\r\nHost: site.example:80\r\n\r\n".to_vec();

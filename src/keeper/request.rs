@@ -31,6 +31,14 @@ pub enum Setup {
 }
 
 impl Setup {
+    /// How many workers there will be: one for each TUN queue.
+    pub fn workers(&self) -> usize {
+        match self {
+            Setup::Server(setup) => setup.tun_queues,
+            Setup::Client(setup) => setup.tun_queues,
+        }
+    }
+
     /// What of io_uring the workers use.
     pub fn io(&self) -> IoMode {
         match self {

@@ -49,21 +49,31 @@ pub enum SetUp {
     Plain,
 }
 
-/// Submission and completion entries, best first. Rings count against RLIMIT_MEMLOCK again since Linux 6.14.
+/// Submission and completion entries, best first. Rings count against RLIMIT_MEMLOCK before Linux 5.12 and since 6.14.
 const SIZES: [(u32, u32); 3] = [(1024, 8192), (256, 1024), (32, 128)];
 
-/// Builds a ring in the best way that the kernel takes and `io` allows. It is disabled until [`IoUring`] enables it
+/// About the memory of a ring with that many entries: 64 and 4 bytes for each submission, 16 for each completion.
+pub const fn ring_bytes(submissions: u32, completions: u32) -> usize {
+    submissions as usize * 68 + completions as usize * 16
+}
+
+/// Builds a ring in the best way that the kernel takes and `io` allows, of no more than `lockable_bytes` unless that is less
+/// than the smallest one. It is disabled until [`IoUring`] enables it
 /// (`register_enable_rings`), on the thread that will use it.
 ///
 /// # Errors
 /// No way worked.
-pub fn build(io: IoMode) -> Result<(IoUring, SetUp), RingError> {
+pub fn build(io: IoMode, lockable_bytes: usize) -> Result<(IoUring, SetUp), RingError> {
     let better: &[SetUp] = match io {
         IoMode::Auto => &[SetUp::Deferred, SetUp::Cooperative],
         IoMode::Baseline => &[],
     };
     let mut result = Err(RingError::MemoryLocked);
-    for (submissions, completions) in SIZES {
+    for (index, (submissions, completions)) in SIZES.into_iter().enumerate() {
+        let is_smallest = index == SIZES.len() - 1;
+        if ring_bytes(submissions, completions) > lockable_bytes && !is_smallest {
+            continue;
+        }
         result = build_sized(better, submissions, completions);
         if !matches!(result, Err(RingError::MemoryLocked)) {
             break;
@@ -92,8 +102,12 @@ fn build_sized(
         builder.build(submissions)
     };
     for set_up in better {
-        if let Ok(ring) = attempt(*set_up) {
-            return Ok((ring, *set_up));
+        match attempt(*set_up) {
+            Ok(ring) => return Ok((ring, *set_up)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
+                return Err(RingError::MemoryLocked);
+            }
+            Err(_) => {}
         }
     }
     match attempt(SetUp::Plain) {

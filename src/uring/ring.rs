@@ -72,12 +72,13 @@ pub struct PreparedRing {
 }
 
 impl PreparedRing {
-    /// Makes a ring, disabled. `io` says what it may use then.
+    /// Makes a ring, disabled. `io` says what it may use then; it takes no more than `lockable_bytes`, unless it could
+    /// not be smaller.
     ///
     /// # Errors
     /// A kernel or container that has no io_uring or denies it.
-    pub fn new(io: IoMode) -> Result<Self, RingError> {
-        let (ring, set_up) = probe::build(io)?;
+    pub fn new(io: IoMode, lockable_bytes: usize) -> Result<Self, RingError> {
+        let (ring, set_up) = probe::build(io, lockable_bytes)?;
         Ok(Self { ring, set_up, io })
     }
 }
@@ -429,7 +430,8 @@ mod tests {
     }
 
     fn fixture(registered: bool) -> (Ring, Pool, UnixStream) {
-        let mut ring = Ring::start(PreparedRing::new(IoMode::Auto).unwrap(), 4).unwrap();
+        let mut ring =
+            Ring::start(PreparedRing::new(IoMode::Auto, usize::MAX).unwrap(), 4).unwrap();
         let pool = Pool::new(BUDGET_BYTES_MIN).unwrap();
         if registered {
             assert!(ring.register_pool(&pool).unwrap());
@@ -561,7 +563,8 @@ mod tests {
 
     #[test]
     fn bells_ring() {
-        let mut ring = Ring::start(PreparedRing::new(IoMode::Auto).unwrap(), 4).unwrap();
+        let mut ring =
+            Ring::start(PreparedRing::new(IoMode::Auto, usize::MAX).unwrap(), 4).unwrap();
         let bell = Bell::new().unwrap();
         ring.register_file(FileSlot(0), bell.heard.as_fd()).unwrap();
         ring.register_file(FileSlot(1), bell.rope.as_fd()).unwrap();
@@ -587,7 +590,8 @@ mod tests {
 
     #[test]
     fn no_operation_on_a_bell_needs_a_kernel_thread() {
-        let mut ring = Ring::start(PreparedRing::new(IoMode::Auto).unwrap(), 4).unwrap();
+        let mut ring =
+            Ring::start(PreparedRing::new(IoMode::Auto, usize::MAX).unwrap(), 4).unwrap();
         let bell = Bell::new().unwrap();
         ring.register_file(FileSlot(0), bell.heard.as_fd()).unwrap();
         ring.register_file(FileSlot(1), bell.rope.as_fd()).unwrap();
@@ -612,7 +616,8 @@ mod tests {
 
     #[test]
     fn a_file_slot_out_of_range_is_an_error() {
-        let mut ring = Ring::start(PreparedRing::new(IoMode::Auto).unwrap(), 2).unwrap();
+        let mut ring =
+            Ring::start(PreparedRing::new(IoMode::Auto, usize::MAX).unwrap(), 2).unwrap();
         let bell = Bell::new().unwrap();
         assert!(ring.register_file(FileSlot(2), bell.heard.as_fd()).is_err());
     }

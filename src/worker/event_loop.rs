@@ -111,7 +111,8 @@ impl Worker {
             .map_or(1024, |(soft, _)| soft)
             .min(FILES_MAX);
         let mut ring = Ring::start(setup.ring, files as u32)?;
-        let (pool, buffers_registered) = packet_memory(&mut ring, setup.buffer_bytes)?;
+        let (pool, buffers_registered) =
+            packet_memory(&mut ring, setup.buffer_bytes, setup.lockable_bytes)?;
         ring.register_file(BELL, inlets[index].bell.heard.as_fd())
             .map_err(WorkerError::File)?;
         ring.register_file(TUN, setup.tun.as_fd())
@@ -544,20 +545,24 @@ impl Worker {
     }
 }
 
-/// Maps and registers `bytes` of packet memory. RLIMIT_MEMLOCK may not allow so much: it is halved down to
-/// [`BUDGET_BYTES_MIN`] and at last used without registration.
-pub(super) fn packet_memory(ring: &mut Ring, bytes: usize) -> Result<(Pool, bool), WorkerError> {
-    let mut budget = bytes.max(BUDGET_BYTES_MIN);
+/// Maps and registers `bytes` of packet memory, or `lockable_bytes` where that is less. RLIMIT_MEMLOCK may not allow so
+/// much: it is halved down to [`BUDGET_BYTES_MIN`]. At last all `bytes` are used without registration, which nothing limits.
+pub(super) fn packet_memory(
+    ring: &mut Ring,
+    bytes: usize,
+    lockable_bytes: usize,
+) -> Result<(Pool, bool), WorkerError> {
     let failed = |bytes| move |source| WorkerError::Memory { bytes, source };
+    let mut budget = bytes.min(lockable_bytes).max(BUDGET_BYTES_MIN);
     loop {
         let pool = Pool::new(budget).map_err(failed(budget))?;
         if ring.register_pool(&pool).map_err(failed(budget))? {
             return Ok((pool, true));
         }
-        if budget == BUDGET_BYTES_MIN {
-            return Ok((pool, false));
-        }
         pool.unmap();
+        if budget == BUDGET_BYTES_MIN {
+            return Ok((Pool::new(bytes).map_err(failed(bytes))?, false));
+        }
         budget = (budget / 2).max(BUDGET_BYTES_MIN);
     }
 }

@@ -82,6 +82,8 @@ pub struct WorkerSetup {
     pub tun_offloads: Offloads,
     /// Packet memory; see [`crate::uring::buffer::Pool`].
     pub buffer_bytes: usize,
+    /// How much of it may be registered. If it is not even the smallest useful part, none is, and all is used.
+    pub lockable_bytes: usize,
     /// Most bytes of packets that wait in one connection's egress queue.
     pub queue_bytes_max: usize,
 }
@@ -257,13 +259,18 @@ pub struct Rehearsal {
     pub buffers_registered: bool,
 }
 
-/// Starts a ring as a worker does, gets it `buffer_bytes` of packet memory, and gives everything back.
+/// Starts a ring as a worker does, gets it packet memory (see [`WorkerSetup`]), and gives everything back.
 ///
 /// # Errors
 /// What would end a worker.
-pub fn rehearse(ring: PreparedRing, buffer_bytes: usize) -> Result<Rehearsal, WorkerError> {
+pub fn rehearse(
+    ring: PreparedRing,
+    buffer_bytes: usize,
+    lockable_bytes: usize,
+) -> Result<Rehearsal, WorkerError> {
     let mut ring = Ring::start(ring, 1)?;
-    let (pool, buffers_registered) = event_loop::packet_memory(&mut ring, buffer_bytes)?;
+    let (pool, buffers_registered) =
+        event_loop::packet_memory(&mut ring, buffer_bytes, lockable_bytes)?;
     let rehearsal = Rehearsal {
         set_up: ring.set_up(),
         buffer_bytes: pool.bytes(),

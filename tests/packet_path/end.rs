@@ -66,6 +66,7 @@ impl End {
                 tun: far.into(),
                 tun_offloads: Offloads::ALL,
                 buffer_bytes,
+                lockable_bytes: usize::MAX,
                 queue_bytes_max: QUEUE_BYTES_MAX,
             });
         }
@@ -346,7 +347,7 @@ pub fn io_mode() -> IoMode {
 pub fn prepared_ring() -> PreparedRing {
     let mut prepared = None;
     eventually("there is memory for a ring", || {
-        match PreparedRing::new(io_mode()) {
+        match PreparedRing::new(io_mode(), usize::MAX) {
             Ok(ring) => prepared = Some(ring),
             Err(RingError::MemoryLocked) => {}
             Err(error) => panic!("{error}"),

@@ -1,0 +1,104 @@
+//! Little memory that may be locked, and a TUN device without offload: everything works, and the log says how.
+
+mod common;
+
+use std::net::IpAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use common::transfer::{Direction, Transfer};
+use common::{
+    RINGTUN, SOON, Tunnel, UP, assert_no_panic, assert_web_reached, invite, io_options, lab, stop,
+};
+use ringtun_lab::topology::{WEB_V4, WEB_V6};
+use ringtun_lab::{Host, Lab, Process};
+use rstest::rstest;
+
+/// What has to pass in each direction.
+const PASSED_BYTES: u64 = 16 << 20;
+/// RLIMIT_MEMLOCK counts what all processes of a user have locked together.
+static LOCKED_MEMORY: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    LOCKED_MEMORY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starts ringtun as somebody who may lock `bytes` of memory and has no privilege that lifts the limit.
+fn start_limited(host: &Host, bytes: u64, arguments: &[&str]) -> Process {
+    let lifting = "-ipc_lock,-sys_resource";
+    host.command("prlimit")
+        .arg(format!("--memlock={bytes}:{bytes}"))
+        .args(["setpriv", "--bounding-set", lifting, "--inh-caps", lifting])
+        .args([RINGTUN, arguments[0]])
+        .args(io_options())
+        .args(&arguments[1..])
+        .spawn()
+        .expect("prlimit and setpriv (apt install util-linux)")
+}
+
+fn configure(host: &Host, role: &str, text: &str) {
+    let script = format!("mkdir -p /etc/ringtun && echo '{text}' > /etc/ringtun/{role}.toml");
+    host.exec("sh", ["-c", &script]).expect("a configuration");
+}
+
+fn assert_carries(lab: &Lab) {
+    let (client, web) = (lab.host("client"), lab.host("web"));
+    assert_web_reached(client);
+    for (address, direction) in [
+        (IpAddr::from(WEB_V4), Direction::Down),
+        (WEB_V6.into(), Direction::Up),
+    ] {
+        let transfer = Transfer::start(client, web, address, direction);
+        transfer.wait_for_more(PASSED_BYTES);
+        transfer.finish();
+    }
+}
+
+#[rstest]
+#[case::registered(8 << 20, "2048 KiB of packet memory, registered")]
+#[case::not_registered(64 << 10, "16384 KiB of packet memory, not registered")]
+fn little_memory_may_be_locked(lab: Lab, #[case] bytes: u64, #[case] found: &str) {
+    let _alone = alone();
+    configure(lab.host("server"), "server", "workers = 2");
+    let server = start_limited(lab.host("server"), bytes, &["server"]);
+    server.wait_for_line(UP, SOON).expect("a server that is up");
+    let invite = invite(&lab, "client");
+    let client = start_limited(lab.host("client"), bytes, &["client", &invite]);
+    client.wait_for_line(UP, SOON).expect("a client that is up");
+    for process in [&server, &client] {
+        process.wait_for_line(found, SOON).expect("what was chosen");
+    }
+    assert_carries(&lab);
+    for process in [&client, &server] {
+        stop(process);
+        assert_no_panic(process);
+    }
+}
+
+#[rstest]
+fn no_memory_may_be_locked(lab: Lab) {
+    let _alone = alone();
+    let server = start_limited(lab.host("server"), 4096, &["server"]);
+    if server.wait_for_line(UP, SOON).is_ok() {
+        eprintln!("SKIPPED: rings do not count against RLIMIT_MEMLOCK on this kernel");
+        return;
+    }
+    let output = server.output(SOON).expect("an end");
+    let complaint = output.errors();
+    assert_eq!(output.status.code(), Some(1), "{complaint}");
+    assert_eq!(complaint.lines().count(), 1, "{complaint}");
+    assert!(complaint.contains("RLIMIT_MEMLOCK"), "{complaint}");
+}
+
+#[rstest]
+fn without_offload(lab: Lab, #[values("server", "client")] side: &str) {
+    configure(lab.host(side), side, "offload = false");
+    let _tunnel = Tunnel::start(&lab);
+    assert_carries(&lab);
+    let status = lab
+        .host(side)
+        .exec(RINGTUN, ["status", "--json"])
+        .expect("status");
+    let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
+    let offloads = status.to_string();
+    assert!(offloads.contains("\"tun_offloads\":[]"), "{offloads}");
+}
