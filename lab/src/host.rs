@@ -215,6 +215,24 @@ impl Host {
         Ok(state)
     }
 
+    /// Whether the kernel is done with what it does on its own after a link was set up: finding that it has a
+    /// carrier, and giving it a link-local address.
+    ///
+    /// # Errors
+    /// When `ip` could not be run.
+    pub fn is_settled(&self) -> Result<bool, ProcessError> {
+        let links = self.exec("ip", ["-o", "link", "show", "up", "type", "veth"])?;
+        let addressed = self.exec(
+            "ip",
+            ["-o", "-6", "address", "show", "scope", "link", "-tentative"],
+        )?;
+        Ok(links.lines().all(|link| {
+            let name = link.split([' ', '@']).nth(1).unwrap_or_default();
+            let is_bridged = link.contains(" master ");
+            link.contains(" state UP ") && (is_bridged || addressed.contains(&format!(": {name} ")))
+        }))
+    }
+
     /// Sets a sysctl of the host's network, given as a path below `/proc/sys`.
     pub(crate) fn sysctl(&self, key: &str, value: &str) -> Result<(), NamespaceError> {
         self.write_file(Path::new("/proc/sys").join(key), value)

@@ -16,7 +16,8 @@
 //!
 //! Where to read: [`topology`] (what there is), [`host`] and [`process`] (what a test does with it),
 //! [`probe`] (who reaches whom), [`firewall`], [`link`] and [`netns`] (how it is made), [`scenario`] and
-//! [`bench`](mod@bench) (ringtun shown and measured in it), [`standing`] (a lab that outlives its command).
+//! [`bench`](mod@bench) (ringtun shown and measured in it), [`smoke`] and [`transfer`] (ringtun tried on whatever
+//! kernel there is), [`standing`] (a lab that outlives its command).
 
 pub mod bench;
 pub mod firewall;
@@ -28,8 +29,10 @@ pub mod probe;
 pub mod process;
 pub mod report;
 pub mod scenario;
+pub mod smoke;
 pub mod standing;
 pub mod topology;
+pub mod transfer;
 
 pub use host::{Host, Ping};
 pub use process::{Output, Process};

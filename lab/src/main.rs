@@ -3,9 +3,9 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, stderr, stdout};
+use std::io::{BufRead, BufReader, Read, Stdout, stderr, stdout};
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{self, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -17,8 +17,9 @@ use ringtun_lab::bench::options::Options;
 use ringtun_lab::bench::{self, html, svg};
 use ringtun_lab::netns::{Ender, become_root};
 use ringtun_lab::report::Report;
+use ringtun_lab::scenario::{self, ScenarioError};
 use ringtun_lab::standing::{self, Standing};
-use ringtun_lab::{Host, Lab, Topology, scenario};
+use ringtun_lab::{Host, Lab, Topology, smoke};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 const USAGE_ERROR: u8 = 2;
@@ -68,6 +69,14 @@ enum Action {
         /// client, client2, firewall, internet, server or web
         host: String,
     },
+    /// Try ringtun in a scenario, with a line for each check; fail if any of them fails
+    Run {
+        #[command(flatten)]
+        ringtun: Ringtun,
+        /// What to play
+        #[arg(value_enum)]
+        scenario: Scenario,
+    },
     /// Measure ringtun, the same path without a tunnel, and other tunnels
     Bench {
         #[command(flatten)]
@@ -83,6 +92,13 @@ enum Action {
         #[arg(long, value_enum)]
         topology: Topology,
     },
+}
+
+/// What `lab run` can play.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Scenario {
+    /// Each thing that ringtun does once, on whatever kernel there is
+    Smoke,
 }
 
 #[derive(Debug, clap::Args)]
@@ -112,7 +128,15 @@ fn main() -> ExitCode {
 
 fn perform(action: Action) -> anyhow::Result<ExitCode> {
     match action {
-        Action::Demo { ringtun } => demo(ringtun),
+        Action::Demo { ringtun } => play(ringtun, |ringtun, report, lab| {
+            scenario::demo(ringtun, report, lab)
+        }),
+        Action::Run {
+            ringtun,
+            scenario: Scenario::Smoke,
+        } => play(ringtun, |ringtun, report, lab| {
+            smoke::smoke(ringtun, report, lab)
+        }),
         Action::Up { name, topology } => up(&name.name, topology),
         Action::Down { name } => standing::end(&name.name)
             .map(|()| ExitCode::SUCCESS)
@@ -128,14 +152,18 @@ fn perform(action: Action) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn demo(ringtun: Ringtun) -> anyhow::Result<ExitCode> {
+/// Plays a scenario, which gets what to call with the lab, and says how it went.
+fn play(
+    ringtun: Ringtun,
+    scenario: impl FnOnce(&Path, &mut Report<Stdout>, Box<dyn FnMut(&Lab)>) -> Result<(), ScenarioError>,
+) -> anyhow::Result<ExitCode> {
     let Some(ringtun) = ringtun.find() else {
         return Ok(no_ringtun());
     };
     become_root()?;
     let mut report = Report::new(stdout());
     let on_signal = end_on_signal()?;
-    scenario::demo(&ringtun, &mut report, on_signal)?;
+    scenario(&ringtun, &mut report, Box::new(on_signal))?;
     match report.failed() {
         0 => {
             report.heading("All of it is as it should be.")?;

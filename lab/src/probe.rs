@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
@@ -15,6 +15,8 @@ use crate::netns::NamespaceError;
 
 /// How large a request [`Responder`] reads before it answers anyway.
 const REQUEST_BYTES_MAX: usize = 8192;
+/// How long [`udp`] waits for an answer before it asks again.
+const REPEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// How long [`Responder`] waits for a request.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
@@ -66,7 +68,8 @@ pub fn connects(host: &Host, to: SocketAddr, limit: Duration) -> Result<bool, Na
     host.enter(|| TcpStream::connect_timeout(&to, limit).is_ok())
 }
 
-/// Sends a datagram from `host` to a [`Responder`]'s UDP port.
+/// Sends a datagram from `host` to a [`Responder`]'s UDP port, and again every second while no answer comes: a single
+/// one may be lost on the best of paths.
 ///
 /// # Errors
 /// When the host cannot be entered.
@@ -79,12 +82,23 @@ pub fn udp(host: &Host, to: SocketAddr, limit: Duration) -> Result<Answer, Names
                 [0; 16].into()
             };
             let socket = UdpSocket::bind((any, 0))?;
-            socket.set_read_timeout(Some(limit))?;
             socket.connect(to)?;
-            socket.send(b"?")?;
-            let mut response = [0; 64];
-            let bytes = socket.recv(&mut response)?;
-            Ok(String::from_utf8_lossy(&response[..bytes]).into_owned())
+            let deadline = Instant::now() + limit;
+            loop {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let wait = left.clamp(Duration::from_millis(1), REPEAT_INTERVAL);
+                socket.set_read_timeout(Some(wait))?;
+                socket.send(b"?")?;
+                let mut response = [0; 64];
+                match socket.recv(&mut response) {
+                    Ok(bytes) => {
+                        return Ok(String::from_utf8_lossy(&response[..bytes]).into_owned());
+                    }
+                    Err(error)
+                        if error.kind() == io::ErrorKind::WouldBlock && left > REPEAT_INTERVAL => {}
+                    Err(error) => return Err(error),
+                }
+            }
         })())
     })
 }

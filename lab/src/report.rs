@@ -1,5 +1,6 @@
 //! What the lab prints: checks line by line, and tables of figures.
 
+use std::error::Error;
 use std::fmt::Display;
 use std::io::{self, Write};
 
@@ -43,6 +44,29 @@ impl<W: Write> Report<W> {
         self.failed += usize::from(!is_right);
         writeln!(self.out, "  {verdict}  {text}")?;
         self.out.flush()
+    }
+
+    /// Adds a check that has a reason or an explanation: `what` and either of them.
+    ///
+    /// # Errors
+    /// When `out` takes no more.
+    pub fn outcome<E: Error>(
+        &mut self,
+        what: impl Display,
+        outcome: Result<impl Display, E>,
+    ) -> io::Result<()> {
+        match outcome {
+            Ok(detail) => self.check(true, format_args!("{what}: {detail}")),
+            Err(error) => {
+                let mut reasons = error.to_string();
+                let mut source = error.source();
+                while let Some(reason) = source {
+                    reasons += &format!(": {reason}");
+                    source = reason.source();
+                }
+                self.check(false, format_args!("{what}: {reasons}"))
+            }
+        }
     }
 
     /// How many checks have failed.

@@ -54,19 +54,9 @@ impl HostState {
     }
 }
 
-/// Waits for what the kernel does on its own after a link was set up: finding that it has a carrier, and giving it a
-/// link-local address.
+/// Waits for what the kernel does on its own after a link was set up.
 pub fn wait_until_settled(host: &Host) {
-    until_true("links that have settled", || {
-        let ip = |arguments: &[&str]| host.exec("ip", arguments).expect("ip");
-        let links = ip(&["-o", "link", "show", "up", "type", "veth"]);
-        let addressed = ip(&["-o", "-6", "address", "show", "scope", "link", "-tentative"]);
-        links.lines().all(|link| {
-            let name = link.split([' ', '@']).nth(1).expect("a name");
-            let is_bridged = link.contains(" master ");
-            link.contains(" state UP ") && (is_bridged || addressed.contains(&format!(": {name} ")))
-        })
-    });
+    until_true("links that have settled", || host.is_settled().expect("ip"));
 }
 
 fn without_clocks(text: &str) -> String {
