@@ -107,6 +107,7 @@ pub struct Popped<P> {
 pub struct Place {
     at: Instant,
     flow: u32,
+    signalled: bool,
     charged_bytes: usize,
 }
 
@@ -160,6 +161,7 @@ impl<P: Queued> EgressQueue<P> {
             packet,
             at: now,
             flow,
+            signalled: false,
         };
         if bytes > bounds.bytes_max || bounds.slots_max[class] == 0 {
             self.links.push_last(&mut self.dropped, waiting);
@@ -222,7 +224,12 @@ impl<P: Queued> EgressQueue<P> {
 
     #[inline]
     fn pop_arrived(&mut self) -> Option<Popped<P>> {
-        let Waiting { packet, at, flow } = self.links.pop_first(&mut self.arrived)?;
+        let Waiting {
+            packet,
+            at,
+            flow,
+            signalled,
+        } = self.links.pop_first(&mut self.arrived)?;
         self.len -= 1;
         self.bytes -= packet.bytes();
         self.slots[packet.class()] -= 1;
@@ -233,6 +240,7 @@ impl<P: Queued> EgressQueue<P> {
             place: Place {
                 at,
                 flow,
+                signalled,
                 charged_bytes,
             },
         })
@@ -244,13 +252,15 @@ impl<P: Queued> EgressQueue<P> {
             mut packet,
             at,
             flow: hash,
+            mut signalled,
         } = self.take_first_of(index)?;
         let flow = self.flows.get_mut(index);
         let behind = flow.bytes + packet.bytes().saturating_sub(SEGMENT_BYTES);
         let mut verdict = Verdict::Pass;
-        if flow.codel.is_due(now, now.since(at), behind) {
+        if flow.codel.is_due(now, now.since(at), behind) && !signalled {
             verdict = packet.signal();
-            if verdict != Verdict::Pass {
+            signalled = verdict != Verdict::Pass;
+            if signalled {
                 flow.codel.signalled(now);
             }
         }
@@ -262,6 +272,7 @@ impl<P: Queued> EgressQueue<P> {
         let place = Place {
             at,
             flow: hash,
+            signalled,
             charged_bytes,
         };
         Some(Popped {
@@ -282,6 +293,7 @@ impl<P: Queued> EgressQueue<P> {
             packet,
             at: place.at,
             flow: place.flow,
+            signalled: place.signalled,
         };
         self.links.push_first(&mut flow.packets, waiting);
         flow.deficit += place.charged_bytes as i64;

@@ -12,6 +12,8 @@ pub(super) struct Waiting<P> {
     pub(super) at: Instant,
     /// The hash of its flow.
     pub(super) flow: u32,
+    /// Whether it has told its sender of congestion.
+    pub(super) signalled: bool,
 }
 
 /// The ends of one chain.

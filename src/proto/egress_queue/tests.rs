@@ -400,6 +400,29 @@ fn a_packet_that_was_put_back_is_overtaken_by_a_new_flow_only() {
 }
 
 #[test]
+fn a_packet_that_is_put_back_again_and_again_tells_its_sender_once() {
+    let mut queue = EgressQueue::new();
+    for serial in 0..3 {
+        let packet = Toy {
+            serial,
+            kind: Kind::Segments(40),
+            ..toy(1, 60_000)
+        };
+        assert_eq!(queue.push(Instant::ZERO, 1, packet, &WIDE), Admit::Queued);
+    }
+    let mut verdicts = Vec::new();
+    for millisecond in 0..500 {
+        let now = Instant::from_nanos(millisecond * 1_000_000);
+        let popped = queue.pop(now).expect("a packet");
+        assert_eq!(popped.packet.serial, 0);
+        verdicts.push(popped.verdict);
+        queue.put_back(popped.place, popped.packet);
+    }
+    let told = verdicts.iter().filter(|verdict| **verdict != Verdict::Pass);
+    assert_eq!(told.collect::<Vec<_>>(), [&Verdict::Trimmed]);
+}
+
+#[test]
 fn a_flow_that_comes_back_as_soon_as_it_is_served_starves_nobody() {
     let mut queue = EgressQueue::new();
     let mut now = Instant::ZERO;
