@@ -82,6 +82,21 @@ pub enum IoMode {
     Baseline,
 }
 
+/// Which cipher protects connections. All but `auto` is meant for comparisons.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cipher {
+    /// The fastest for the processors at both ends: AES-128-GCM where both have AES in hardware, else ChaCha20-Poly1305.
+    #[default]
+    Auto,
+    /// AES-128-GCM: a client offers nothing else, a server takes it from everyone who offers it.
+    #[serde(rename = "aes-128-gcm")]
+    Aes128Gcm,
+    /// ChaCha20-Poly1305, likewise.
+    #[serde(rename = "chacha20-poly1305")]
+    Chacha20Poly1305,
+}
+
 /// The server's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -106,6 +121,8 @@ pub struct ServerConfig {
     pub io: IoMode,
     /// Whether the interface gives and takes segments of up to 64 KiB; without, the packet path costs several times more.
     pub offload: bool,
+    /// Which cipher protects connections.
+    pub cipher: Cipher,
     /// A certificate chain (PEM) to use in place of the generated one. Needs `private_key`.
     pub certificate: Option<PathBuf>,
     /// The certificate's private key (PEM).
@@ -132,6 +149,7 @@ impl Default for ServerConfig {
             workers: None,
             io: IoMode::default(),
             offload: true,
+            cipher: Cipher::default(),
             certificate: None,
             private_key: None,
             client_to_client: false,
@@ -242,6 +260,8 @@ pub struct ClientConfig {
     pub io: IoMode,
     /// Whether the interface gives and takes segments of up to 64 KiB; without, the packet path costs several times more.
     pub offload: bool,
+    /// Which cipher protects connections.
+    pub cipher: Cipher,
     /// How traffic gets into the tunnel.
     pub routing: Routing,
     /// Nameservers to use while the tunnel is up; unset: the server's; empty: leave the resolver alone.
@@ -258,6 +278,7 @@ impl Default for ClientConfig {
             workers: None,
             io: IoMode::default(),
             offload: true,
+            cipher: Cipher::default(),
             routing: Routing::default(),
             dns: None,
         }
@@ -274,6 +295,7 @@ impl std::fmt::Debug for ClientConfig {
             .field("workers", &self.workers)
             .field("io", &self.io)
             .field("offload", &self.offload)
+            .field("cipher", &self.cipher)
             .field("routing", &self.routing)
             .field("dns", &self.dns)
             .finish()
@@ -459,6 +481,7 @@ mod tests {
             workers = 3
             io = "baseline"
             offload = false
+            cipher = "aes-128-gcm"
             certificate = "/c.pem"
             private_key = "/k.pem"
             client_to_client = true
@@ -474,6 +497,7 @@ mod tests {
         assert_eq!(config.worker_count(64), 3);
         assert_eq!(config.io, IoMode::Baseline);
         assert!(!config.offload);
+        assert_eq!(config.cipher, Cipher::Aes128Gcm);
         assert_eq!(config.site_authority().as_deref(), Some("127.0.0.1:8080"));
         assert!(config.client_to_client);
     }
@@ -489,6 +513,7 @@ mod tests {
             workers = 8
             io = "auto"
             offload = false
+            cipher = "chacha20-poly1305"
             routing = "split-default"
             dns = []
             "#,
@@ -498,6 +523,7 @@ mod tests {
         assert_eq!(config.worker_count(64), 4);
         assert_eq!(config.io, IoMode::Auto);
         assert!(!config.offload);
+        assert_eq!(config.cipher, Cipher::Chacha20Poly1305);
         assert_eq!(config.dns, Some(vec![]));
         assert!(!format!("{config:?}").contains("ringtun://x"));
     }

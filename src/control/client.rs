@@ -23,7 +23,7 @@ use super::reconnect::Reconnect;
 use super::runtime::spawn;
 use super::status::{self, Questions, Subject, connection};
 use super::{Ending, Rings, chain, ended, network};
-use crate::config::ClientConfig;
+use crate::config::{Cipher, ClientConfig};
 use crate::invite::{Host, Invite};
 use crate::keeper::request::{ClientSetup, Notice};
 use crate::keeper::{Link, Notices, SetupFds};
@@ -67,7 +67,7 @@ pub async fn run(
         }
     };
     let accepts = Offloads::from_tun_flags(setup.tun_offload_flags);
-    let server = match describe(&invite, accepts) {
+    let server = match describe(&invite, setup.config.cipher, accepts) {
         Ok(server) => server,
         Err(line) => return Ending::failed(line),
     };
@@ -145,7 +145,7 @@ async fn stopped(notices: &mut Notices) -> Ending {
 }
 
 /// The server as the invite describes it.
-fn describe(invite: &Invite, accepts: Offloads) -> Result<Server, String> {
+fn describe(invite: &Invite, cipher: Cipher, accepts: Offloads) -> Result<Server, String> {
     let trust = invite.pin.map_or(Trust::WebPki, |pin| Trust::Pin(pin.0));
     let name = match invite.server_name() {
         Host::Name(name) => ServerName::try_from(name)
@@ -153,7 +153,7 @@ fn describe(invite: &Invite, accepts: Offloads) -> Result<Server, String> {
         Host::Ip(address) => ServerName::from(address),
     };
     Ok(Server {
-        tls: client_config(trust).map_err(|error| chain(&error))?,
+        tls: client_config(trust, cipher).map_err(|error| chain(&error))?,
         name,
         authority: invite.authority(),
         token: invite.token.clone(),

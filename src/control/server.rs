@@ -111,7 +111,8 @@ fn open(
         key: PrivateKeyDer::try_from(setup.private_key.clone())
             .map_err(|error| Ending::failed(format!("the private key cannot be used: {error}")))?,
     };
-    let tls = server_config(identity).map_err(|error| Ending::failed(super::chain(&error)))?;
+    let tls = server_config(identity, setup.config.cipher)
+        .map_err(|error| Ending::failed(super::chain(&error)))?;
     let pool = pool(setup)?;
     let accepts = Offloads::from_tun_flags(setup.tun_offload_flags);
     let workers = rings

@@ -293,7 +293,7 @@ mod tests {
     use super::super::gate::Gate;
     use super::super::runtime::{Runtime, connect, spawn};
     use super::*;
-    use crate::config::ClientConfig as Config;
+    use crate::config::{Cipher, ClientConfig as Config};
     use crate::keeper::DaemonStart;
     use crate::keeper::request::{ClientSetup, Origin, Setup};
     use crate::proto::address_pool::AddressPool;
@@ -347,7 +347,7 @@ mod tests {
             token_sha256: Token::from_bytes(TOKEN).sha256(),
         };
         let house = House {
-            tls: server_config(identity).expect("server configuration"),
+            tls: server_config(identity, Cipher::Auto).expect("server configuration"),
             offer: Offer {
                 routes: Vec::new(),
                 dns: Vec::new(),
@@ -363,7 +363,7 @@ mod tests {
         };
         (
             Rc::new(house),
-            client_config(trust).expect("client configuration"),
+            client_config(trust, Cipher::Auto).expect("client configuration"),
         )
     }
 

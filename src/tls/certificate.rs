@@ -15,7 +15,7 @@ use rcgen::{
 };
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, WebPkiServerVerifier};
-use rustls::crypto::aws_lc_rs::{self as provider, cipher_suite, kx_group};
+use rustls::crypto::aws_lc_rs::{self as provider, kx_group};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
@@ -23,8 +23,11 @@ use rustls::sign::CertifiedKey;
 use rustls::version::TLS13;
 use rustls::{
     ClientConfig, DigitallySignedStruct, InconsistentKeys, OtherError, RootCertStore, ServerConfig,
-    SignatureScheme,
+    SignatureScheme, SupportedCipherSuite,
 };
+
+use super::cipher::{self, ServerChoice};
+use crate::config::Cipher;
 
 /// SHA-256 of a certificate's SubjectPublicKeyInfo.
 pub const PIN_BYTES: usize = 32;
@@ -135,20 +138,31 @@ impl std::error::Error for PinMismatch {}
 ///
 /// # Errors
 /// With [`Trust::WebPki`]: this host trusts no authority.
-pub fn client_config(trust: Trust) -> Result<Arc<ClientConfig>, CertificateError> {
+pub fn client_config(trust: Trust, cipher: Cipher) -> Result<Arc<ClientConfig>, CertificateError> {
+    client_config_with_suites(
+        trust,
+        cipher::client_suites(cipher, cipher::aes_in_hardware()),
+    )
+}
+
+/// The configuration of a client that offers `suites`, its favourite first.
+pub(super) fn client_config_with_suites(
+    trust: Trust,
+    suites: Vec<SupportedCipherSuite>,
+) -> Result<Arc<ClientConfig>, CertificateError> {
     match trust {
         Trust::Pin(pin) => {
             let verifier = PinVerifier {
                 pin,
-                algorithms: provider().signature_verification_algorithms,
+                algorithms: provider::default_provider().signature_verification_algorithms,
             };
-            client_config_with(Arc::new(verifier))
+            client_config_with(Arc::new(verifier), suites)
         }
         Trust::WebPki => {
             let mut roots = RootCertStore::empty();
             // One broken file among the authorities is no reason to trust none.
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            client_config_for_roots(roots)
+            client_config_for_roots(roots, suites)
         }
     }
 }
@@ -157,8 +171,22 @@ pub fn client_config(trust: Trust) -> Result<Arc<ClientConfig>, CertificateError
 ///
 /// # Errors
 /// The key does not belong to the certificate, or cannot be used.
-pub fn server_config(identity: Identity) -> Result<Arc<ServerConfig>, CertificateError> {
-    let mut config = ServerConfig::builder_with_provider(Arc::new(provider()))
+pub fn server_config(
+    identity: Identity,
+    cipher: Cipher,
+) -> Result<Arc<ServerConfig>, CertificateError> {
+    server_config_with_choice(
+        identity,
+        cipher::server_choice(cipher, cipher::aes_in_hardware()),
+    )
+}
+
+/// The configuration of a server that chooses among suites by `choice`.
+pub(super) fn server_config_with_choice(
+    identity: Identity,
+    choice: ServerChoice,
+) -> Result<Arc<ServerConfig>, CertificateError> {
+    let mut config = ServerConfig::builder_with_provider(Arc::new(provider(choice.suites)))
         .with_protocol_versions(&[&TLS13])
         .map_err(CertificateError::Config)?
         .with_no_client_auth()
@@ -166,6 +194,7 @@ pub fn server_config(identity: Identity) -> Result<Arc<ServerConfig>, Certificat
         .map_err(key_error)?;
     config.alpn_protocols = vec![ALPN.as_bytes().to_vec()];
     config.enable_secret_extraction = true;
+    config.ignore_client_order = choice.own_order;
     Ok(Arc::new(config))
 }
 
@@ -236,22 +265,17 @@ impl Identity {
 
     fn check(&self) -> Result<(), CertificateError> {
         self.pin()?;
-        CertifiedKey::from_der(self.chain.clone(), self.key.clone_key(), &provider())
+        let provider = provider::default_provider();
+        CertifiedKey::from_der(self.chain.clone(), self.key.clone_key(), &provider)
             .map(drop)
             .map_err(key_error)
     }
 }
 
-/// What rustls may use, the fastest first: AES where the processor has it, else ChaCha20.
-fn provider() -> CryptoProvider {
-    let aes128 = cipher_suite::TLS13_AES_128_GCM_SHA256;
-    let aes256 = cipher_suite::TLS13_AES_256_GCM_SHA384;
-    let chacha20 = cipher_suite::TLS13_CHACHA20_POLY1305_SHA256;
+/// What rustls may use: these suites, the favourite first.
+fn provider(cipher_suites: Vec<SupportedCipherSuite>) -> CryptoProvider {
     CryptoProvider {
-        cipher_suites: match aes_in_hardware() {
-            true => vec![aes128, aes256, chacha20],
-            false => vec![chacha20, aes128, aes256],
-        },
+        cipher_suites,
         kx_groups: vec![
             kx_group::X25519MLKEM768,
             kx_group::X25519,
@@ -262,36 +286,22 @@ fn provider() -> CryptoProvider {
     }
 }
 
-#[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-fn aes_in_hardware() -> bool {
-    std::arch::is_x86_feature_detected!("aes") && std::arch::is_x86_feature_detected!("pclmulqdq")
-}
-
-#[cfg(target_arch = "aarch64")]
-fn aes_in_hardware() -> bool {
-    std::arch::is_aarch64_feature_detected!("aes")
-        && std::arch::is_aarch64_feature_detected!("pmull")
-}
-
-#[cfg(not(any(target_arch = "x86", target_arch = "x86_64", target_arch = "aarch64")))]
-fn aes_in_hardware() -> bool {
-    false
-}
-
 pub(super) fn client_config_for_roots(
     roots: RootCertStore,
+    suites: Vec<SupportedCipherSuite>,
 ) -> Result<Arc<ClientConfig>, CertificateError> {
-    let verifier =
-        WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::new(provider()))
-            .build()
-            .map_err(|_| CertificateError::NoAuthorities)?;
-    client_config_with(verifier)
+    let provider = Arc::new(provider::default_provider());
+    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider)
+        .build()
+        .map_err(|_| CertificateError::NoAuthorities)?;
+    client_config_with(verifier, suites)
 }
 
 fn client_config_with(
     verifier: Arc<dyn ServerCertVerifier>,
+    suites: Vec<SupportedCipherSuite>,
 ) -> Result<Arc<ClientConfig>, CertificateError> {
-    let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
+    let mut config = ClientConfig::builder_with_provider(Arc::new(provider(suites)))
         .with_protocol_versions(&[&TLS13])
         .map_err(CertificateError::Config)?
         .dangerous()
@@ -406,7 +416,7 @@ mod tests {
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &spki);
         assert_eq!(identity.pin().unwrap(), digest.as_ref());
         assert!(generated.key_pem.starts_with("-----BEGIN PRIVATE KEY-----"));
-        server_config(identity).unwrap();
+        server_config(identity, Cipher::Auto).unwrap();
     }
 
     #[test]
@@ -514,7 +524,7 @@ mod tests {
             chain: Vec::new(),
             key: key.clone_key(),
         };
-        assert!(server_config(empty).is_err());
+        assert!(server_config(empty, Cipher::Auto).is_err());
         let generated = generate("foreign.example").unwrap();
         let (certificate, own) = pem_of(&generated);
         let foreign = Identity {
@@ -522,14 +532,15 @@ mod tests {
             ..Identity::from_pem(certificate, own).unwrap()
         };
         assert!(matches!(
-            server_config(foreign),
+            server_config(foreign, Cipher::Auto),
             Err(CertificateError::KeyMismatch)
         ));
     }
 
     #[test]
     fn no_authorities_is_an_error_that_says_what_to_do() {
-        let error = client_config_for_roots(RootCertStore::empty()).unwrap_err();
+        let error =
+            client_config_for_roots(RootCertStore::empty(), stock::SUITES.to_vec()).unwrap_err();
         assert!(error.to_string().contains("ca-certificates"));
     }
 }

@@ -601,6 +601,7 @@ mod tests {
     use super::super::certificate::{self, Identity, Trust};
     use super::super::stock::{self, Chunks, Ours, Pair, SUITES};
     use super::*;
+    use crate::config::Cipher;
 
     const SIDES: [Ours; 2] = [Ours::Client, Ours::Server];
 
@@ -613,7 +614,8 @@ mod tests {
 
     fn serve(identity: Identity) -> Connection {
         Connection::Server(
-            ServerConnection::new(certificate::server_config(identity).unwrap()).unwrap(),
+            ServerConnection::new(certificate::server_config(identity, Cipher::Auto).unwrap())
+                .unwrap(),
         )
     }
 
@@ -669,7 +671,7 @@ mod tests {
     #[test]
     fn a_server_may_ask_for_a_second_hello() {
         let Identity { chain, key } = stock::identity();
-        let mut provider = Arc::unwrap_or_clone(stock::provider_of(SUITES[0]));
+        let mut provider = Arc::unwrap_or_clone(stock::provider_of(&SUITES[..1]));
         provider.kx_groups = vec![rustls::crypto::aws_lc_rs::kx_group::SECP384R1];
         let config = ServerConfig::builder_with_provider(Arc::new(provider))
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -835,7 +837,7 @@ mod tests {
         let ours = TlsStream::client(Arc::new(config), stock::name()).unwrap();
         let mut pair = Pair {
             ours,
-            stock: stock::stock_server(SUITES[1], None),
+            stock: stock::stock_server(&SUITES[1..2], None),
         };
         pair.settle(&mut Chunks::new(vec![7])).unwrap();
         assert_eq!(store.0.load(Ordering::Relaxed), 4);
@@ -847,7 +849,7 @@ mod tests {
         let pin = stock::identity().pin().unwrap();
         let mut wrong = pin;
         wrong[31] ^= 1;
-        let config = certificate::client_config(Trust::Pin(wrong)).unwrap();
+        let config = certificate::client_config(Trust::Pin(wrong), Cipher::Auto).unwrap();
         let (error, heard) = refusal(config, stock::NAME, serve(stock::identity()));
         let TlsError::PinMismatch(mismatch) = &error else {
             panic!("{error:?}")
@@ -869,7 +871,9 @@ mod tests {
             valid_between(2090, 2091),
             stock::identity(),
         ] {
-            let config = certificate::client_config(Trust::Pin(identity.pin().unwrap())).unwrap();
+            let config =
+                certificate::client_config(Trust::Pin(identity.pin().unwrap()), Cipher::Auto)
+                    .unwrap();
             for name in ["www.example.org", "192.0.2.1", "2001:db8::1"] {
                 let name = ServerName::try_from(name).unwrap();
                 let ours = TlsStream::client(config.clone(), name).unwrap();
@@ -903,16 +907,15 @@ mod tests {
         let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&own.key).unwrap();
         let copied = stock::identity();
         let trusts = [
-            certificate::client_config(Trust::Pin(copied.pin().unwrap())).unwrap(),
-            certificate::client_config_for_roots(roots_of(&copied)).unwrap(),
+            certificate::client_config(Trust::Pin(copied.pin().unwrap()), Cipher::Auto).unwrap(),
+            certificate::client_config_for_roots(roots_of(&copied), SUITES.to_vec()).unwrap(),
         ];
         for trust in trusts {
             let impostor = Impostor(Arc::new(CertifiedKey::new(
                 copied.chain.clone(),
                 key.clone(),
             )));
-            let mut config =
-                Arc::unwrap_or_clone(certificate::server_config(stock::identity()).unwrap());
+            let mut config = Arc::unwrap_or_clone(stock::server_config());
             config.cert_resolver = Arc::new(impostor);
             let server = Connection::Server(ServerConnection::new(Arc::new(config)).unwrap());
             let (error, heard) = refusal(trust, stock::NAME, server);
@@ -924,7 +927,8 @@ mod tests {
     #[test]
     fn without_a_pin_authority_name_and_dates_count() {
         let good = valid_between(2020, 2090);
-        let config = certificate::client_config_for_roots(roots_of(&good)).unwrap();
+        let config =
+            certificate::client_config_for_roots(roots_of(&good), SUITES.to_vec()).unwrap();
         let ours = TlsStream::client(config.clone(), stock::name()).unwrap();
         let mut pair = Pair {
             ours,
@@ -944,11 +948,11 @@ mod tests {
         let (error, _) = refusal(config, stock::NAME, serve(stock::identity()));
         assert!(matches!(error, TlsError::UnknownIssuer), "{error:?}");
         let old = valid_between(2001, 2002);
-        let config = certificate::client_config_for_roots(roots_of(&old)).unwrap();
+        let config = certificate::client_config_for_roots(roots_of(&old), SUITES.to_vec()).unwrap();
         let (error, _) = refusal(config, stock::NAME, serve(old));
         assert!(matches!(error, TlsError::Expired), "{error:?}");
         let new = valid_between(2090, 2091);
-        let config = certificate::client_config_for_roots(roots_of(&new)).unwrap();
+        let config = certificate::client_config_for_roots(roots_of(&new), SUITES.to_vec()).unwrap();
         let (error, _) = refusal(config, stock::NAME, serve(new));
         assert!(matches!(error, TlsError::NotYetValid), "{error:?}");
     }
@@ -977,8 +981,7 @@ mod tests {
         ];
         body.extend((extensions.len() as u16).to_be_bytes());
         body.extend(extensions);
-        let mut server =
-            TlsStream::server(certificate::server_config(stock::identity()).unwrap()).unwrap();
+        let mut server = TlsStream::server(stock::server_config()).unwrap();
         let error = server.feed(&hello(1, &body)).unwrap_err();
         assert!(matches!(error, TlsError::NotTls13), "{error:?}");
         assert_eq!(server.take_outgoing(), [21, 3, 3, 0, 2, 2, 70]);
@@ -1009,16 +1012,14 @@ mod tests {
             &[0; 5],
             &[22, 0x7f, 1, 0, 4],
         ] {
-            let mut server =
-                TlsStream::server(certificate::server_config(stock::identity()).unwrap()).unwrap();
+            let mut server = TlsStream::server(stock::server_config()).unwrap();
             server.feed(&garbage[..4]).unwrap();
             let error = server.feed(&garbage[4..]).unwrap_err();
             assert!(matches!(error, TlsError::NotTls), "{error:?}");
             let mut client = TlsStream::client(stock::pinned(), stock::name()).unwrap();
             assert!(matches!(client.feed(garbage), Err(TlsError::NotTls)));
         }
-        let mut server =
-            TlsStream::server(certificate::server_config(stock::identity()).unwrap()).unwrap();
+        let mut server = TlsStream::server(stock::server_config()).unwrap();
         assert!(server.feed(&[22, 3, 1, 0xff, 0xff]).is_err());
     }
 

@@ -541,10 +541,13 @@ impl TrafficKey {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::handshake::TlsStream;
+    use super::super::handshake::{Established, TlsStream};
     use super::super::stock::{self, Ours, Pair, SUITES};
-    use super::super::{certificate, handshake::Established};
     use super::*;
+    use crate::config::Cipher;
+
+    /// Both ciphers that connections of ours may get.
+    const CIPHERS: [Cipher; 2] = [Cipher::Aes128Gcm, Cipher::Chacha20Poly1305];
 
     /// Both ends ours, after the handshake and with nothing in flight.
     struct Ends {
@@ -553,9 +556,12 @@ mod tests {
     }
 
     fn ends() -> Ends {
-        let mut client = TlsStream::client(stock::pinned(), stock::name()).unwrap();
-        let config = certificate::server_config(stock::identity()).unwrap();
-        let mut server = TlsStream::server(config).unwrap();
+        ends_with(Cipher::Auto)
+    }
+
+    fn ends_with(cipher: Cipher) -> Ends {
+        let mut client = TlsStream::client(stock::pinned_with(cipher), stock::name()).unwrap();
+        let mut server = TlsStream::server(stock::server_config()).unwrap();
         for _ in 0..3 {
             server.feed(&client.take_outgoing()).unwrap();
             client.feed(&server.take_outgoing()).unwrap();
@@ -1052,11 +1058,39 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
         #[test]
+        fn records_of_any_length_arrive_and_keys_may_change_between_them(
+            cipher in proptest::sample::select(&CIPHERS[..]),
+            lengths in proptest::collection::vec(
+                prop_oneof![0usize..200, Just(RECORD_PLAINTEXT_BYTES_MAX), 0..RECORD_PLAINTEXT_BYTES_MAX],
+                1..12,
+            ),
+            updates in proptest::collection::vec(any::<bool>(), 12),
+        ) {
+            let Ends { mut client, mut server } = ends_with(cipher);
+            for (number, (&bytes, &update)) in lengths.iter().zip(&updates).enumerate() {
+                let plaintext: Vec<u8> = (0..bytes).map(|place| (place * 7 + number) as u8).collect();
+                let there = seal(&mut client, ContentType::ApplicationData, &plaintext);
+                prop_assert_eq!(there.len(), sealed_bytes(bytes));
+                prop_assert!(open(&mut server, &there).unwrap() == (ContentType::ApplicationData, plaintext.clone()));
+                let back = seal(&mut server, ContentType::ApplicationData, &plaintext);
+                prop_assert!(back != there, "another key");
+                prop_assert!(open(&mut client, &back).unwrap() == (ContentType::ApplicationData, plaintext));
+                if update {
+                    let record = key_update(&mut client, true);
+                    prop_assert_eq!(receive(&mut server, &record).unwrap(), Signal::ReplyKeyUpdate);
+                    let record = key_update(&mut server, false);
+                    prop_assert_eq!(receive(&mut client, &record).unwrap(), Signal::None);
+                }
+            }
+        }
+
+        #[test]
         fn any_altered_bit_is_noticed(
+            cipher in proptest::sample::select(&CIPHERS[..]),
             plaintext in proptest::collection::vec(any::<u8>(), 0..300),
             bit in any::<proptest::sample::Index>(),
         ) {
-            let Ends { mut client, mut server } = ends();
+            let Ends { mut client, mut server } = ends_with(cipher);
             let mut record = seal(&mut client, ContentType::ApplicationData, &plaintext);
             let bit = bit.index(record.len() * 8);
             record[bit / 8] ^= 1 << (bit % 8);
@@ -1067,10 +1101,11 @@ mod tests {
 
         #[test]
         fn padding_is_stripped_and_content_kept(
+            cipher in proptest::sample::select(&CIPHERS[..]),
             content in proptest::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..500),
             padding in 0usize..1000,
         ) {
-            let Ends { mut client, mut server } = ends();
+            let Ends { mut client, mut server } = ends_with(cipher);
             let inner = [&content[..], &[23], &vec![0; padding]].concat();
             let record = craft(&mut client, &inner);
             prop_assert_eq!(open(&mut server, &record).unwrap(), (ContentType::ApplicationData, content));
@@ -1079,11 +1114,12 @@ mod tests {
 
         #[test]
         fn handshake_messages_may_be_split_and_joined_in_any_way(
+            cipher in proptest::sample::select(&CIPHERS[..]),
             tickets in proptest::collection::vec(1usize..5000, 0..5),
             asked in any::<bool>(),
             lengths in proptest::collection::vec(1usize..3000, 1..6),
         ) {
-            let Ends { mut client, mut server } = ends();
+            let Ends { mut client, mut server } = ends_with(cipher);
             let mut stream: Vec<u8> = tickets.iter().flat_map(|&bytes| ticket(bytes)).collect();
             stream.extend([24, 0, 0, 1, u8::from(asked)]);
             let mut signals = Vec::new();
@@ -1102,9 +1138,10 @@ mod tests {
 
         #[test]
         fn no_record_content_makes_the_layer_panic(
+            cipher in proptest::sample::select(&CIPHERS[..]),
             bodies in proptest::collection::vec((21u8..=23, proptest::collection::vec(0u8..30, 1..40)), 1..10),
         ) {
-            let Ends { mut client, mut server } = ends();
+            let Ends { mut client, mut server } = ends_with(cipher);
             for (kind, body) in bodies {
                 let record = craft(&mut server, &[&body[..], &[kind]].concat());
                 let _ = receive(&mut client, &record);

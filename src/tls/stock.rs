@@ -14,6 +14,7 @@ use rustls::{
 
 use super::certificate::{self, Generated, Identity, Trust};
 use super::handshake::{Established, TlsError, TlsStream};
+use crate::config::Cipher;
 
 /// The name on the certificate.
 pub const NAME: &str = "files.example.net";
@@ -53,22 +54,32 @@ pub fn name() -> ServerName<'static> {
     ServerName::try_from(NAME).unwrap()
 }
 
-pub fn provider_of(suite: SupportedCipherSuite) -> Arc<CryptoProvider> {
+pub fn provider_of(suites: &[SupportedCipherSuite]) -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider {
-        cipher_suites: vec![suite],
+        cipher_suites: suites.to_vec(),
         ..default_provider()
     })
 }
 
-/// A client configuration that trusts the test server's pin.
-pub fn pinned() -> Arc<ClientConfig> {
-    certificate::client_config(Trust::Pin(identity().pin().unwrap())).unwrap()
+/// The test server's configuration.
+pub fn server_config() -> Arc<ServerConfig> {
+    certificate::server_config(identity(), Cipher::Auto).unwrap()
 }
 
-/// A stock server for one suite, that sends four tickets.
-pub fn stock_server(suite: SupportedCipherSuite, fragment_bytes: Option<usize>) -> Connection {
+/// A client configuration that trusts the test server's pin.
+pub fn pinned() -> Arc<ClientConfig> {
+    pinned_with(Cipher::Auto)
+}
+
+/// The same with a cipher.
+pub fn pinned_with(cipher: Cipher) -> Arc<ClientConfig> {
+    certificate::client_config(Trust::Pin(identity().pin().unwrap()), cipher).unwrap()
+}
+
+/// A stock server for some suites, that sends four tickets.
+pub fn stock_server(suites: &[SupportedCipherSuite], fragment_bytes: Option<usize>) -> Connection {
     let Identity { chain, key } = identity();
-    let mut config = ServerConfig::builder_with_provider(provider_of(suite))
+    let mut config = ServerConfig::builder_with_provider(provider_of(suites))
         .with_protocol_versions(&[&TLS13])
         .unwrap()
         .with_no_client_auth()
@@ -80,11 +91,11 @@ pub fn stock_server(suite: SupportedCipherSuite, fragment_bytes: Option<usize>) 
     Connection::Server(ServerConnection::new(Arc::new(config)).unwrap())
 }
 
-/// A stock client for one suite, that trusts the test server by its certificate.
-pub fn stock_client(suite: SupportedCipherSuite, fragment_bytes: Option<usize>) -> Connection {
+/// A stock client that offers some suites, its favourite first, and trusts the test server by its certificate.
+pub fn stock_client(suites: &[SupportedCipherSuite], fragment_bytes: Option<usize>) -> Connection {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(identity().chain[0].clone()).unwrap();
-    let mut config = ClientConfig::builder_with_provider(provider_of(suite))
+    let mut config = ClientConfig::builder_with_provider(provider_of(suites))
         .with_protocol_versions(&[&TLS13])
         .unwrap()
         .with_root_certificates(roots)
@@ -104,11 +115,11 @@ impl Pair {
         match ours {
             Ours::Client => Self {
                 ours: TlsStream::client(pinned(), name()).unwrap(),
-                stock: stock_server(suite, bytes),
+                stock: stock_server(&[suite], bytes),
             },
             Ours::Server => Self {
-                ours: TlsStream::server(certificate::server_config(identity()).unwrap()).unwrap(),
-                stock: stock_client(suite, bytes),
+                ours: TlsStream::server(server_config()).unwrap(),
+                stock: stock_client(&[suite], bytes),
             },
         }
     }

@@ -2,7 +2,7 @@
 
 use super::packets::lease;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use ringtun::config::IoMode;
+use ringtun::config::{Cipher, IoMode};
 use ringtun::proto::http::OffloadHeader;
 use ringtun::proto::offload::{Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
 use ringtun::proto::route_table::{ConnectionRef, RouteTable, SessionId, SessionRoute};
@@ -292,8 +292,13 @@ pub fn connect() -> (Outer, Outer) {
     let identity = identity();
     let trust = Trust::Pin(identity.pin().unwrap());
     let name = ServerName::try_from(NAME).unwrap();
-    let client = TlsStream::client(certificate::client_config(trust).unwrap(), name).unwrap();
-    let server = TlsStream::server(certificate::server_config(identity).unwrap()).unwrap();
+    let client = TlsStream::client(
+        certificate::client_config(trust, Cipher::Auto).unwrap(),
+        name,
+    )
+    .unwrap();
+    let server =
+        TlsStream::server(certificate::server_config(identity, Cipher::Auto).unwrap()).unwrap();
     std::thread::scope(|scope| {
         let server = scope.spawn(|| shake_hands(far, server));
         (shake_hands(near, client), server.join().unwrap())
