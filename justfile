@@ -48,6 +48,14 @@ lab: release
 bench *args: release
     ci/as-root {{ target }}/release/lab bench {{ args }}
 
+# How long the pieces of the packet path take, by criterion: wants a quiet machine. `just microbench record/seal`
+microbench *args:
+    cargo bench -p ringtun-benches --bench microbench --locked -- {{ args }}
+
+# Count instructions of the same pieces, and compare with benches/instructions.toml: `--update` writes it
+instructions *args:
+    ci/instructions {{ args }}
+
 # Debian's kernels under qemu, with the lab inside: `just kernels 5.10`, `just kernels --list`
 kernels *args: release
     ci/kernels {{ args }}
