@@ -58,8 +58,9 @@ pub const fn ring_bytes(submissions: u32, completions: u32) -> usize {
 }
 
 /// Builds a ring in the best way that the kernel takes and `io` allows, of no more than `lockable_bytes` unless that is less
-/// than the smallest one. It is disabled until [`IoUring`] enables it
-/// (`register_enable_rings`), on the thread that will use it.
+/// than the smallest one. One of [`SetUp::Deferred`] belongs to the thread that uses it: it is disabled until that
+/// thread calls `register_enable_rings`. Others are enabled, for the first 5.10 never enables a ring that was made
+/// disabled (its `io_register_enable_rings` leaves IORING_SETUP_R_DISABLED set).
 ///
 /// # Errors
 /// No way worked.
@@ -89,10 +90,13 @@ fn build_sized(
 ) -> Result<(IoUring, SetUp), RingError> {
     let attempt = |set_up: SetUp| {
         let mut builder = IoUring::builder();
-        builder.setup_cqsize(completions).setup_r_disabled();
+        builder.setup_cqsize(completions);
         match set_up {
             SetUp::Deferred => {
-                builder.setup_single_issuer().setup_defer_taskrun();
+                builder
+                    .setup_r_disabled()
+                    .setup_single_issuer()
+                    .setup_defer_taskrun();
             }
             SetUp::Cooperative => {
                 builder.setup_coop_taskrun();

@@ -72,7 +72,7 @@ pub struct PreparedRing {
 }
 
 impl PreparedRing {
-    /// Makes a ring, disabled. `io` says what it may use then; it takes no more than `lockable_bytes`, unless it could
+    /// Makes a ring. `io` says what it may use then; it takes no more than `lockable_bytes`, unless it could
     /// not be smaller.
     ///
     /// # Errors
@@ -110,9 +110,11 @@ impl Ring {
     /// The kernel lacks an operation of 5.10's, or refuses the files.
     pub fn start(prepared: PreparedRing, files: u32) -> Result<Self, RingError> {
         let PreparedRing { ring, set_up, io } = prepared;
-        ring.submitter()
-            .register_enable_rings()
-            .map_err(RingError::SetUp)?;
+        if set_up == SetUp::Deferred {
+            ring.submitter()
+                .register_enable_rings()
+                .map_err(RingError::SetUp)?;
+        }
         probe::check_operations(&ring)?;
         ring.submitter()
             .register_files(&vec![-1; files as usize])
