@@ -38,7 +38,7 @@ e2e *args:
 
 # The same with nothing of io_uring that Linux 5.10 has not
 e2e-baseline *args:
-    RINGTUN_TEST_IO=baseline just test -p ringtun --test "'e2e_*'" --test packet_path {{ args }}
+    RINGTUN_TEST_IO=baseline just test -p ringtun --test "'e2e_*'" --test packet_path --test allocations {{ args }}
 
 # The demonstration: what the firewall blocks, and that ringtun carries it
 lab: release

@@ -388,3 +388,34 @@ fn only_root_may_ask(lab: Lab) {
     assert_eq!(errors.lines().count(), 1, "{errors}");
     assert!(errors.contains("run as root"), "{errors}");
 }
+
+/// Either side's configuration decides on the cipher, the other one follows, and both say so.
+#[rstest]
+fn the_configured_cipher_is_agreed_on(
+    lab: Lab,
+    #[values("client", "server")] role: &str,
+    #[values(
+        ("aes-128-gcm", "TLS13_AES_128_GCM_SHA256"),
+        ("chacha20-poly1305", "TLS13_CHACHA20_POLY1305_SHA256")
+    )]
+    (cipher, suite): (&str, &str),
+) {
+    let script =
+        format!("mkdir -p /etc/ringtun && echo 'cipher = \"{cipher}\"' > /etc/ringtun/{role}.toml");
+    lab.host(role)
+        .exec("sh", ["-c", &script])
+        .expect("a configuration");
+    let _tunnel = Tunnel::start(&lab);
+    let (client, web) = (lab.host("client"), lab.host("web"));
+    let transfer = Transfer::start(client, web, WEB_V4.into(), Direction::Up);
+    transfer.wait_for_more(MUCH_BYTES);
+    transfer.finish();
+    for host in ["client", "server"] {
+        let status = status(lab.host(host));
+        let agreed: Vec<_> = connections(&status)
+            .iter()
+            .map(|connection| &connection["cipher_suite"])
+            .collect();
+        assert_eq!(agreed, [suite], "{host}");
+    }
+}
