@@ -24,9 +24,27 @@ use crate::scenario::{
 use crate::topology::{Lab, SERVER_V4, SERVER_V6, Topology, WEB_V4, WEB_V6};
 use crate::transfer::{Transfer, TransferError, connect};
 
-/// How many threads for I/O the kernel may make for each worker. New kernels make none; on Debian's 5.10 a worker
-/// gets one that has nothing to do. One for each read in flight would be a storm.
-const HELPER_THREADS_PER_WORKER_MAX: usize = 1;
+/// How many threads for I/O the kernel may make for each ring. New kernels make none; Debian's 5.10 may make one that
+/// has nothing to do, and the first 5.10 does so with every ring. One for each read in flight would be a storm.
+const HELPER_THREADS_PER_RING_MAX: usize = 1;
+/// What a worker's thread is called, with a number behind.
+const WORKER: &str = "ringtun-w";
+/// How much a transfer carries.
+const TRANSFER_BYTES: u64 = 8 << 20;
+/// How much has to arrive before the server is killed, and after it is back.
+const SOME_BYTES: u64 = 1 << 20;
+/// How long anything may take that has to happen.
+const LIMIT: Duration = Duration::from_secs(60);
+/// From one look at a condition to the next.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// The interface of both sides, and its MTU.
+const INTERFACE: &str = "ringtun0";
+const MTU_BYTES: u64 = 1500;
+/// From this mean size on, a good part of the bytes travelled in super-packets: TCP makes them small where it is slow.
+const SUPER_PACKET_MEAN_BYTES: u64 = MTU_BYTES * 4 / 3;
+/// How many threads for I/O the kernel may make for each ring. New kernels make none; Debian's 5.10 may make one that
+/// has nothing to do, and the first 5.10 does so with every ring. One for each read in flight would be a storm.
+const HELPER_THREADS_PER_RING_MAX: usize = 1;
 /// What a worker's thread is called, with a number behind.
 const WORKER: &str = "ringtun-w";
 /// How much a transfer carries.
@@ -53,6 +71,8 @@ struct Form {
     outer: IpAddr,
     /// Lines for the configuration of both sides.
     configuration: &'static str,
+    /// How the rings have to be set up, if that is known.
+    ring: Option<&'static str>,
     offload: bool,
 }
 
@@ -61,15 +81,27 @@ const PLAIN: Form = Form {
     peer: "plain",
     outer: IpAddr::V4(SERVER_V4),
     configuration: "",
+    ring: None,
     offload: true,
 };
-const OTHERS: [Form; 1] = [Form {
-    title: "Over IPv6",
-    peer: "ipv6",
-    outer: IpAddr::V6(SERVER_V6),
-    configuration: "",
-    offload: true,
-}];
+const OTHERS: [Form; 2] = [
+    Form {
+        title: "Over IPv6, with what Linux 5.10 has of io_uring",
+        peer: "ipv6",
+        outer: IpAddr::V6(SERVER_V6),
+        configuration: "io = \"baseline\"\n",
+        ring: Some("plain"),
+        offload: true,
+    },
+    Form {
+        title: "Without offload",
+        peer: "slow",
+        outer: IpAddr::V4(SERVER_V4),
+        configuration: "offload = false\n",
+        ring: None,
+        offload: false,
+    },
+];
 const CRASHED: Form = Form {
     title: "After a crash",
     peer: "crashed",
@@ -121,6 +153,10 @@ pub fn smoke<W: Write>(
     report.heading(PLAIN.title)?;
     if let Some(mut tunnel) = smoke.up(&PLAIN, report)? {
         smoke.traffic(&PLAIN, &tunnel, report)?;
+        for (host, role) in [(smoke.server(), "server"), (smoke.client(), "client")] {
+            let what = format!("{}: ringtun doctor", host.name());
+            report.outcome(what, smoke.doctor(host, role))?;
+        }
         report.outcome(
             "inner connections survive the server's kill -9",
             smoke.restart(&mut tunnel),
@@ -261,8 +297,9 @@ impl Smoke<'_> {
                 )?;
             }
         }
-        let workers = [&tunnel.client, &tunnel.server].map(workers);
-        let helpers_max = HELPER_THREADS_PER_WORKER_MAX * workers.iter().sum::<usize>();
+        // Each worker has a ring, and so has each daemon's first thread.
+        let rings = [&tunnel.client, &tunnel.server].map(|process| workers(process) + 1);
+        let helpers_max = HELPER_THREADS_PER_RING_MAX * rings.iter().sum::<usize>();
         report.check(
             helpers <= helpers_max,
             format_args!(
@@ -270,6 +307,18 @@ impl Smoke<'_> {
             ),
         )?;
         Ok(())
+    }
+
+    /// What `ringtun doctor` finds on a host that runs ringtun already.
+    fn doctor(&self, host: &Host, role: &str) -> Result<String, Failure> {
+        let doctor = host
+            .command(self.ringtun)
+            .args(["doctor", "--role", role])
+            .limit(LIMIT);
+        let found = doctor.exec()?;
+        let is_degraded = |line: &&str| line.trim_start().starts_with("degraded");
+        let degraded = found.lines().filter(is_degraded).count();
+        Ok(format!("the {role} can run, {degraded} checks degraded"))
     }
 
     /// What a side says of itself: whether its packet path is the one that was asked for.
@@ -293,6 +342,11 @@ impl Smoke<'_> {
                 workers(process)
             )
         })?;
+        Failure::unless(
+            form.ring
+                .is_none_or(|wanted| rings.iter().all(|ring| ring == wanted)),
+            || format!("its rings are {rings:?}"),
+        )?;
         let has = |offload: &str| offloads.iter().any(|found| found == offload);
         Failure::unless(
             match form.offload {
