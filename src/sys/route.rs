@@ -198,10 +198,11 @@ impl Netlink {
             request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
         }
         let what = format!("set the address {address} on the tunnel interface");
-        self.run_unless(Errno::EEXIST, &what, request.execute())
+        self.run_unless(&[Errno::EEXIST], &what, request.execute())
     }
 
-    /// Takes an address from an interface; one that it does not have is no error.
+    /// Takes an address from an interface; one that it does not have, or an interface that goes meanwhile as a TUN does when
+    /// its last descriptor is closed, is no error.
     ///
     /// # Errors
     /// [`RouteError`].
@@ -222,7 +223,7 @@ impl Netlink {
         match found {
             None => Ok(()),
             Some(message) => self.run_unless(
-                Errno::EADDRNOTAVAIL,
+                &[Errno::EADDRNOTAVAIL, Errno::ENODEV],
                 &format!("remove the address {address} from the tunnel interface"),
                 self.handle.address().del(message).execute(),
             ),
@@ -265,7 +266,7 @@ impl Netlink {
         message.header.kind = RouteType::Unspec;
         message.header.scope = RouteScope::NoWhere;
         self.run_unless(
-            Errno::ESRCH,
+            &[Errno::ESRCH],
             &format!("remove the route to {destination}"),
             self.handle.route().del(message).execute(),
         )
@@ -280,7 +281,7 @@ impl Netlink {
             return Ok(());
         };
         self.run_unless(
-            Errno::ENODEV,
+            &[Errno::ENODEV],
             &format!("remove the interface {name}"),
             self.handle.link().del(index).execute(),
         )
@@ -315,15 +316,20 @@ impl Netlink {
 
     fn run_unless(
         &self,
-        tolerated: Errno,
+        tolerated: &[Errno],
         what: &str,
         request: impl Future<Output = Result<(), rtnetlink::Error>>,
     ) -> Result<(), RouteError> {
         match self.run(what, request) {
-            Err(error) if error.source.raw_os_error() == Some(tolerated as i32) => Ok(()),
+            Err(error) if is_any_of(&error.source, tolerated) => Ok(()),
             result => result,
         }
     }
+}
+
+fn is_any_of(error: &io::Error, errnos: &[Errno]) -> bool {
+    let number = error.raw_os_error().map(Errno::from_raw);
+    number.is_some_and(|number| errnos.contains(&number))
 }
 
 fn own_route_message(route: &OwnRoute) -> RouteMessage {
