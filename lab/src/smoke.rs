@@ -42,24 +42,6 @@ const INTERFACE: &str = "ringtun0";
 const MTU_BYTES: u64 = 1500;
 /// From this mean size on, a good part of the bytes travelled in super-packets: TCP makes them small where it is slow.
 const SUPER_PACKET_MEAN_BYTES: u64 = MTU_BYTES * 4 / 3;
-/// How many threads for I/O the kernel may make for each ring. New kernels make none; Debian's 5.10 may make one that
-/// has nothing to do, and the first 5.10 does so with every ring. One for each read in flight would be a storm.
-const HELPER_THREADS_PER_RING_MAX: usize = 1;
-/// What a worker's thread is called, with a number behind.
-const WORKER: &str = "ringtun-w";
-/// How much a transfer carries.
-const TRANSFER_BYTES: u64 = 8 << 20;
-/// How much has to arrive before the server is killed, and after it is back.
-const SOME_BYTES: u64 = 1 << 20;
-/// How long anything may take that has to happen.
-const LIMIT: Duration = Duration::from_secs(60);
-/// From one look at a condition to the next.
-const POLL_INTERVAL: Duration = Duration::from_millis(50);
-/// The interface of both sides, and its MTU.
-const INTERFACE: &str = "ringtun0";
-const MTU_BYTES: u64 = 1500;
-/// From this mean size on, most bytes travelled in super-packets.
-const SUPER_PACKET_MEAN_BYTES: u64 = 2 * MTU_BYTES;
 
 /// A tunnel in one of its forms.
 #[derive(Clone, Copy, Debug)]
