@@ -32,6 +32,13 @@ pub const LISTENERS_MAX: usize = 32;
 pub const CONNECTIONS_MAX: usize = 16;
 /// Worker threads, at most.
 pub const WORKERS_MAX: usize = 64;
+/// Connections that are no tunnels (yet), all sources together, unless configured.
+pub const VISITORS: usize = 1024;
+/// Connections that are no tunnels (yet), from one source, unless configured.
+pub const VISITORS_PER_SOURCE: usize = 48;
+const _: () = assert!(VISITORS_PER_SOURCE < VISITORS / 8);
+/// As many visitors as may be configured: each takes a descriptor, of which tunnels want most.
+pub const VISITORS_MAX: usize = 16_384;
 /// Nameservers that fit in one resolv.conf (MAXNS of resolv.h).
 pub const NAMESERVERS_MAX: usize = 3;
 /// The longest IPv4 pool prefix: room for the server itself and two clients.
@@ -97,6 +104,40 @@ pub enum Cipher {
     Chacha20Poly1305,
 }
 
+/// How many strangers a server has to do with at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Connections that are no tunnels (yet), all sources together.
+    pub visitors: usize,
+    /// Connections that are no tunnels (yet), from one IPv4 address or the /64 of one IPv6 address.
+    pub visitors_per_source: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            visitors: VISITORS,
+            visitors_per_source: VISITORS_PER_SOURCE,
+        }
+    }
+}
+
+impl Limits {
+    fn validate(self) -> Result<(), ConfigError> {
+        if self.visitors == 0 || self.visitors > VISITORS_MAX {
+            return invalid("limits.visitors", format!("must be 1 to {VISITORS_MAX}"));
+        }
+        if self.visitors_per_source == 0 || self.visitors_per_source > self.visitors {
+            return invalid(
+                "limits.visitors_per_source",
+                format!("must be 1 to {}, the limit for all sources", self.visitors),
+            );
+        }
+        Ok(())
+    }
+}
+
 /// The server's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -131,6 +172,8 @@ pub struct ServerConfig {
     pub client_to_client: bool,
     /// A plain HTTP server that answers everyone who is not a client, `http://HOST:PORT`; unset: the built-in page.
     pub site: Option<String>,
+    /// How many strangers it has to do with at a time: the table `[limits]`.
+    pub limits: Limits,
 }
 
 impl Default for ServerConfig {
@@ -154,6 +197,7 @@ impl Default for ServerConfig {
             private_key: None,
             client_to_client: false,
             site: None,
+            limits: Limits::default(),
         }
     }
 }
@@ -211,6 +255,7 @@ impl ServerConfig {
         }
         validate_dns(self.dns.as_deref())?;
         validate_workers(self.workers)?;
+        self.limits.validate()?;
         match (&self.certificate, &self.private_key) {
             (Some(_), None) => return invalid("certificate", "needs `private_key` as well"),
             (None, Some(_)) => return invalid("private_key", "needs `certificate` as well"),
@@ -486,6 +531,9 @@ mod tests {
             private_key = "/k.pem"
             client_to_client = true
             site = "http://127.0.0.1:8080"
+            [limits]
+            visitors = 2000
+            visitors_per_source = 500
             "#,
         )
         .expect("valid");
@@ -500,6 +548,8 @@ mod tests {
         assert_eq!(config.cipher, Cipher::Aes128Gcm);
         assert_eq!(config.site_authority().as_deref(), Some("127.0.0.1:8080"));
         assert!(config.client_to_client);
+        assert_eq!(config.limits.visitors, 2000);
+        assert_eq!(config.limits.visitors_per_source, 500);
     }
 
     #[test]
@@ -562,6 +612,12 @@ mod tests {
             ("site = \"https://example.org\"", "site"),
             ("site = \"http://example.org/path\"", "site"),
             ("site = \"http://example.org:0\"", "site"),
+            ("limits.visitors = 0", "limits.visitors"),
+            ("limits.visitors = 16385", "limits.visitors"),
+            (
+                "limits.visitors_per_source = 1025",
+                "limits.visitors_per_source",
+            ),
         ] {
             let error = server(text).expect_err(text).to_string();
             assert!(error.contains(&format!("`{key}`")), "{text}: {error}");

@@ -5,12 +5,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::rc::Rc;
 
-/// Connections that are no tunnels (yet), all sources together.
-pub const VISITORS_MAX: usize = 1024;
-/// Connections that are no tunnels (yet), from one source.
-pub const VISITORS_PER_SOURCE_MAX: usize = 48;
-
-const _: () = assert!(VISITORS_PER_SOURCE_MAX < VISITORS_MAX / 8);
+use crate::config::Limits;
 
 /// An IPv4 address, or the /64 of an IPv6 address: what one attacker has for nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,8 +27,9 @@ struct Visitors {
 }
 
 /// Counts visitors.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Gate {
+    limits: Limits,
     visitors: Rc<RefCell<Visitors>>,
 }
 
@@ -45,12 +41,21 @@ pub struct Place {
 }
 
 impl Gate {
+    /// Nobody is inside yet.
+    pub fn new(limits: Limits) -> Self {
+        Gate {
+            limits,
+            visitors: Rc::default(),
+        }
+    }
+
     /// A place for a visitor from `address`, unless there are too many.
     pub fn enter(&self, address: IpAddr) -> Option<Place> {
         let source = Source::new(address);
         let mut visitors = self.visitors.borrow_mut();
         let from_source = visitors.by_source.get(&source).copied().unwrap_or(0);
-        if visitors.count >= VISITORS_MAX || from_source >= VISITORS_PER_SOURCE_MAX {
+        if visitors.count >= self.limits.visitors || from_source >= self.limits.visitors_per_source
+        {
             return None;
         }
         visitors.count += 1;
@@ -79,6 +84,7 @@ impl Drop for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{VISITORS, VISITORS_PER_SOURCE};
 
     fn address(text: &str) -> IpAddr {
         text.parse().expect("address")
@@ -86,8 +92,8 @@ mod tests {
 
     #[test]
     fn one_source_has_its_own_bound() {
-        let gate = Gate::default();
-        let places: Vec<_> = (0..VISITORS_PER_SOURCE_MAX)
+        let gate = Gate::new(Limits::default());
+        let places: Vec<_> = (0..VISITORS_PER_SOURCE)
             .map(|_| gate.enter(address("192.0.2.1")).expect("a place"))
             .collect();
         assert!(gate.enter(address("192.0.2.1")).is_none());
@@ -100,8 +106,8 @@ mod tests {
 
     #[test]
     fn all_of_an_ipv6_network_is_one_source() {
-        let gate = Gate::default();
-        let _places: Vec<_> = (0..VISITORS_PER_SOURCE_MAX)
+        let gate = Gate::new(Limits::default());
+        let _places: Vec<_> = (0..VISITORS_PER_SOURCE)
             .map(|host| {
                 gate.enter(address(&format!("2001:db8:0:1::{host:x}")))
                     .expect("a place")
@@ -113,8 +119,8 @@ mod tests {
 
     #[test]
     fn all_sources_together_are_bounded() {
-        let gate = Gate::default();
-        let _places: Vec<_> = (0..VISITORS_MAX as u32)
+        let gate = Gate::new(Limits::default());
+        let _places: Vec<_> = (0..VISITORS as u32)
             .map(|host| {
                 gate.enter(IpAddr::from(host.to_be_bytes()))
                     .expect("a place")

@@ -45,7 +45,7 @@ pub async fn run(
         Ok(house) => Rc::new(house),
         Err(ending) => return ending,
     };
-    let gate = Gate::default();
+    let gate = Gate::new(setup.config.limits);
     for (listener, address) in fds.listeners.into_iter().zip(&setup.listeners) {
         match Listener::new(listener) {
             Ok(listener) => spawn(accept(Rc::clone(&house), gate.clone(), listener)),

@@ -293,7 +293,7 @@ mod tests {
     use super::super::gate::Gate;
     use super::super::runtime::{Runtime, connect, spawn};
     use super::*;
-    use crate::config::{Cipher, ClientConfig as Config};
+    use crate::config::{Cipher, ClientConfig as Config, Limits};
     use crate::keeper::DaemonStart;
     use crate::keeper::request::{ClientSetup, Origin, Setup};
     use crate::proto::address_pool::AddressPool;
@@ -377,7 +377,9 @@ mod tests {
             .await
             .expect("connected");
         let (served, source) = listener.accept().expect("accepted");
-        let place = Gate::default().enter(source.ip()).expect("a place");
+        let place = Gate::new(Limits::default())
+            .enter(source.ip())
+            .expect("a place");
         let stream = Stream::new(TcpStream::into(served)).expect("stream");
         spawn(serve(Rc::clone(house), stream, source, place));
         Stream::new(socket).expect("stream")
