@@ -10,6 +10,7 @@
 //! | `peers.toml` | names and SHA-256 of tokens |
 //! | `leases.toml` | inner addresses by peer |
 
+use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::net::Ipv6Addr;
@@ -223,22 +224,41 @@ impl StateDir {
     /// # Errors
     /// [`StateError`], such as a name that is taken.
     pub fn add_peer(&self, name: &str) -> Result<[u8; TOKEN_BYTES], StateError> {
-        check_peer_name(name)?;
+        let tokens = self.add_peers([name])?;
+        Ok(tokens[0])
+    }
+
+    /// Adds peers, all or none, and returns their tokens in the same order. The list is written once, so that thousands
+    /// take no longer than one.
+    ///
+    /// # Errors
+    /// [`StateError`], such as a name that is taken.
+    pub fn add_peers<'name>(
+        &self,
+        names: impl IntoIterator<Item = &'name str>,
+    ) -> Result<Vec<[u8; TOKEN_BYTES]>, StateError> {
         let _lock = lock(&self.path)?;
         let mut peers = self.peers()?;
-        if peers.iter().any(|peer| peer.name == name) {
-            return Err(StateError::PeerExists(name.into()));
+        let mut taken: HashSet<String> = peers.iter().map(|peer| peer.name.clone()).collect();
+        let created = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs());
+        let mut tokens = Vec::new();
+        for name in names {
+            check_peer_name(name)?;
+            if !taken.insert(name.into()) {
+                return Err(StateError::PeerExists(name.into()));
+            }
+            let token = random::<TOKEN_BYTES>()?;
+            peers.push(PeerEntry {
+                name: name.into(),
+                token_sha256: token_sha256(&token),
+                created,
+            });
+            tokens.push(token);
         }
-        let token = random::<TOKEN_BYTES>()?;
-        peers.push(PeerEntry {
-            name: name.into(),
-            token_sha256: token_sha256(&token),
-            created: SystemTime::now()
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs()),
-        });
         self.write(PEERS_FILE, &PeersToml { peer: peers })?;
-        Ok(token)
+        Ok(tokens)
     }
 
     /// Removes a peer and its lease.
@@ -536,6 +556,24 @@ mod tests {
             state.revoke_peer("alice"),
             Err(StateError::NoSuchPeer(_))
         ));
+    }
+
+    #[test]
+    fn many_peers_are_added_all_or_none() {
+        let directory = tempfile::tempdir().expect("directory");
+        let state = StateDir::open(directory.path()).expect("opened");
+        state.add_peer("bob").expect("added");
+        for taken in [["alice", "bob"], ["alice", "alice"], ["alice", "a b"]] {
+            state.add_peers(taken).expect_err("not all of them");
+            assert_eq!(state.peers().expect("peers").len(), 1);
+        }
+        let tokens = state.add_peers(["alice", "carol"]).expect("added");
+        let peers = state.peers().expect("peers");
+        let names: Vec<_> = peers.iter().map(|peer| &peer.name[..]).collect();
+        assert_eq!(names, ["bob", "alice", "carol"]);
+        for (peer, token) in peers[1..].iter().zip(&tokens) {
+            assert_eq!(peer.token_sha256, token_sha256(token));
+        }
     }
 
     #[test]
