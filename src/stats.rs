@@ -160,6 +160,17 @@ counters! {
     dropped_unknown_context,
 }
 
+/// Packet memory that one worker has handed out. Told at every tick of the worker's housekeeping, not at every turn.
+#[derive(Debug, Default)]
+pub struct BuffersInUse {
+    /// Buffers for ciphertext.
+    pub chunks: Gauge,
+    /// Buffers for packets and plaintext.
+    pub packets: Gauge,
+    /// Buffers for small packets that wait.
+    pub small_packets: Gauge,
+}
+
 /// What is known of one connection while it lasts. Aligned, so that no two workers write to one cache line.
 #[derive(Debug, Default)]
 #[repr(align(128))]

@@ -127,6 +127,9 @@ pub struct Client {
 pub struct Worker {
     /// How it uses io_uring.
     pub io: WorkerIo,
+    /// Packet memory that is handed out, to connections or the interface; half a second old at most.
+    #[serde(default)]
+    pub buffers_in_use: BuffersInUse,
     /// What it has counted; what was dropped is in the `dropped_` fields, by reason.
     pub counters: WorkerCounts,
 }
@@ -144,6 +147,17 @@ pub struct WorkerIo {
     pub buffer_bytes: u64,
     /// Whether that is registered with the ring.
     pub buffers_registered: bool,
+}
+
+/// Pooled buffers that are not in the pool, by kind. An idle connection has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BuffersInUse {
+    /// For ciphertext, 128 to 512 KiB each.
+    pub chunks: u64,
+    /// For packets and plaintext, 92 KiB each.
+    pub packets: u64,
+    /// For small packets that wait, 2 KiB each.
+    pub small_packets: u64,
 }
 
 /// Connections with one token and one client process.
@@ -331,6 +345,7 @@ pub(crate) mod examples {
             }),
             client: None,
             workers: vec![Worker {
+                buffers_in_use: BuffersInUse::default(),
                 io: WorkerIo {
                     ring: "deferred".into(),
                     tun_nowait: true,

@@ -19,7 +19,7 @@ use crate::keeper::request::Origin;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::ConnectionRef;
 use crate::status::query::{ANSWER_TIME, REQUEST};
-use crate::status::{Connection, FORMAT, Report, Role, Worker, WorkerIo};
+use crate::status::{self, Connection, FORMAT, Report, Role, Worker, WorkerIo};
 use crate::sys::tcp_info::tcp_info;
 use crate::uring::probe::SetUp;
 use crate::worker::{WorkerInfo, Workers};
@@ -167,6 +167,7 @@ impl Subject {
     /// A report without the role's own part and without sessions.
     pub fn report(&self, workers: &Workers) -> Report {
         let infos = workers.infos().zip(workers.counters());
+        let infos = infos.zip(workers.buffers());
         Report {
             format: FORMAT,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -182,8 +183,13 @@ impl Subject {
             server: None,
             client: None,
             workers: infos
-                .map(|(info, counters)| Worker {
+                .map(|((info, counters), buffers)| Worker {
                     io: worker_io(info),
+                    buffers_in_use: status::BuffersInUse {
+                        chunks: buffers.chunks.get(),
+                        packets: buffers.packets.get(),
+                        small_packets: buffers.small_packets.get(),
+                    },
                     counters: counters.read(),
                 })
                 .collect(),

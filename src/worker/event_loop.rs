@@ -10,7 +10,7 @@ use crate::proto::egress_queue::EgressQueue;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::proto::timer::Instant;
-use crate::stats::{ConnectionStats, WorkerCounters};
+use crate::stats::{BuffersInUse, ConnectionStats, WorkerCounters};
 use crate::tls::record::RECORD_PLAINTEXT_BYTES_MAX;
 use crate::uring::buffer::{BUDGET_BYTES_MIN, Buffer, Class, InFlight, Piece, Pool};
 use crate::uring::ring::{Completion, FileSlot, Ring, WhenDry};
@@ -96,6 +96,7 @@ pub(super) struct Worker {
     events: tokio::sync::mpsc::UnboundedSender<Event>,
     buffer_bytes_wanted: usize,
     buffers_registered: bool,
+    buffers_in_use: Arc<BuffersInUse>,
     stopping: Option<Instant>,
 }
 
@@ -152,8 +153,13 @@ impl Worker {
             events,
             buffer_bytes_wanted: setup.buffer_bytes,
             buffers_registered,
+            buffers_in_use: Arc::default(),
             stopping: None,
         })
+    }
+
+    pub(super) fn buffers(&self) -> Arc<BuffersInUse> {
+        Arc::clone(&self.buffers_in_use)
     }
 
     pub(super) fn info(&self) -> WorkerInfo {
@@ -479,6 +485,15 @@ impl Worker {
         for slot in 0..self.connections.len() {
             self.tick_connection(slot);
         }
+        self.show_buffers();
+    }
+
+    fn show_buffers(&self) {
+        let in_use = |class| (self.pool.slots(class) - self.pool.free(class)) as u64;
+        let shown = &*self.buffers_in_use;
+        shown.chunks.set(in_use(Class::Chunk));
+        shown.packets.set(in_use(Class::Packet));
+        shown.small_packets.set(in_use(Class::Small));
     }
 
     fn tick_connection(&mut self, slot: usize) {

@@ -25,7 +25,7 @@ use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::http::OffloadHeader;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
-use crate::stats::{ConnectionStats, WorkerCounters};
+use crate::stats::{BuffersInUse, ConnectionStats, WorkerCounters};
 use crate::tls::handshake::{Agreed, Established};
 use crate::uring::probe::{RingError, SetUp};
 use crate::uring::ring::{Bell, PreparedRing, Ring};
@@ -173,6 +173,7 @@ struct Handle {
     thread: JoinHandle<()>,
     slots: Slab<Place>,
     counters: Arc<WorkerCounters>,
+    buffers: Arc<BuffersInUse>,
     info: WorkerInfo,
 }
 
@@ -338,6 +339,11 @@ impl Workers {
         self.workers.iter().map(|worker| &*worker.counters)
     }
 
+    /// The packet memory that each has handed out.
+    pub fn buffers(&self) -> impl Iterator<Item = &BuffersInUse> {
+        self.workers.iter().map(|worker| &*worker.buffers)
+    }
+
     /// Reserves a place on the worker with the fewest connections.
     pub fn allocate(&mut self) -> ConnectionRef {
         let generation = self.next_generation;
@@ -456,7 +462,7 @@ impl Handle {
                     event_loop::Worker::new(index, setup, inlets, events.clone(), thread_counters);
                 match worker {
                     Ok(mut worker) => {
-                        let _ = report.send(Ok(worker.info()));
+                        let _ = report.send(Ok((worker.info(), worker.buffers())));
                         if let Err(error) = worker.run() {
                             let _ = events.send(Event::Fatal {
                                 worker: index,
@@ -470,7 +476,7 @@ impl Handle {
                 }
             })
             .map_err(WorkerError::Thread)?;
-        let info = started.recv().unwrap_or_else(|_| {
+        let (info, buffers) = started.recv().unwrap_or_else(|_| {
             Err(WorkerError::Thread(io::Error::other(
                 "the thread ended at once",
             )))
@@ -480,6 +486,7 @@ impl Handle {
             thread,
             slots: Slab::new(),
             counters,
+            buffers,
             info,
         })
     }
