@@ -16,10 +16,11 @@
 //!
 //! Where to read: [`topology`] (what there is), [`host`] and [`process`] (what a test does with it),
 //! [`probe`] (who reaches whom), [`firewall`], [`link`] and [`netns`] (how it is made), [`scenario`] and
-//! [`bench`](mod@bench) (ringtun shown and measured in it), [`smoke`] and [`transfer`] (ringtun tried on whatever
-//! kernel there is), [`standing`] (a lab that outlives its command).
+//! [`bench`](mod@bench) (ringtun shown and measured in it), [`crowd`] (thousands of sessions at once), [`smoke`] and
+//! [`transfer`] (ringtun tried on whatever kernel there is), [`standing`] (a lab that outlives its command).
 
 pub mod bench;
+pub mod crowd;
 pub mod firewall;
 pub mod host;
 pub mod link;

@@ -19,7 +19,7 @@ use ringtun_lab::netns::{Ender, become_root};
 use ringtun_lab::report::Report;
 use ringtun_lab::scenario::{self, ScenarioError};
 use ringtun_lab::standing::{self, Standing};
-use ringtun_lab::{Host, Lab, Topology, smoke};
+use ringtun_lab::{Host, Lab, Topology, crowd, smoke};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 const USAGE_ERROR: u8 = 2;
@@ -83,6 +83,13 @@ enum Action {
         ringtun: Ringtun,
         #[command(flatten)]
         options: Options,
+    },
+    /// Open thousands of sessions from one process and tell what they cost the server
+    Crowd {
+        #[command(flatten)]
+        ringtun: Ringtun,
+        #[command(flatten)]
+        options: crowd::Options,
     },
     /// What `lab up` leaves behind
     #[command(hide = true)]
@@ -148,6 +155,7 @@ fn perform(action: Action) -> anyhow::Result<ExitCode> {
         } => exec(&standing::find(&name.name, &host)?, &command),
         Action::Shell { name, host } => shell(&standing::find(&name.name, &host)?),
         Action::Bench { ringtun, options } => measure(ringtun, &options),
+        Action::Crowd { ringtun, options } => gather(ringtun, &options),
         Action::Hold { name, topology } => hold(&name.name, topology),
     }
 }
@@ -195,6 +203,29 @@ fn measure(ringtun: Ringtun, options: &Options) -> anyhow::Result<ExitCode> {
     ];
     for (path, text) in files.into_iter().zip(texts) {
         let Some(path) = path else { continue };
+        fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))?;
+    }
+    Ok(match figures.has_failed() {
+        true => ExitCode::FAILURE,
+        false => ExitCode::SUCCESS,
+    })
+}
+
+fn gather(ringtun: Ringtun, options: &crowd::Options) -> anyhow::Result<ExitCode> {
+    let json = options.json();
+    if let Some(path) = json {
+        let opened = File::options().create(true).append(true).open(path);
+        opened.with_context(|| format!("{} cannot be written", path.display()))?;
+    }
+    let Some(ringtun) = ringtun.find() else {
+        return Ok(no_ringtun());
+    };
+    become_root()?;
+    let on_lab = end_on_signal()?;
+    let figures = crowd::run(&ringtun, options.plan(), on_lab, |line| eprintln!("{line}"))?;
+    print!("{}", figures.to_table());
+    if let Some(path) = json {
+        let text = serde_json::to_string_pretty(&figures)? + "\n";
         fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))?;
     }
     Ok(match figures.has_failed() {

@@ -41,7 +41,7 @@ pub mod svg;
 pub mod system;
 pub mod tcp;
 mod udp;
-mod usage;
+pub(crate) mod usage;
 
 pub use figures::Figures;
 pub use metric::{Direction, Group, Metric};
@@ -316,7 +316,7 @@ fn minutes(seconds: f64) -> String {
     format!("{}:{:02}", seconds / 60, seconds % 60)
 }
 
-fn median(mut samples: Vec<f64>) -> f64 {
+pub(crate) fn median(mut samples: Vec<f64>) -> f64 {
     samples.sort_by(f64::total_cmp);
     let middle = samples.len() / 2;
     match samples.len() {

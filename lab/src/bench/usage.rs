@@ -57,6 +57,8 @@ pub struct Memory {
     pub resident_mib: f64,
     /// The most that each was ever resident with.
     pub peak_mib: f64,
+    /// Resident now, each page shared out among the processes that have it.
+    pub proportional_mib: f64,
 }
 
 /// The memory of processes.
@@ -69,6 +71,8 @@ pub fn memory(processes: &[i32]) -> Memory {
         memory.resident_mib += resident / KIB_PER_MIB;
         // The kernel keeps the mark loosely, and what is there now was there at some time.
         memory.peak_mib += kib(&status, "VmHWM:").max(resident) / KIB_PER_MIB;
+        let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+        memory.proportional_mib += kib(&rollup, "Pss:") / KIB_PER_MIB;
     }
     memory
 }
