@@ -11,7 +11,8 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
 use super::request::{
-    FROM_KEEPER_BYTES_MAX, FromKeeper, Notice, Reply, Request, SavedLease, Setup, TunnelSettings,
+    FROM_KEEPER_BYTES_MAX, FromKeeper, LEASES_PER_REQUEST_MAX, Notice, Reply, Request, SavedLease,
+    Setup, TunnelSettings,
 };
 use crate::sys::fdpass::{Frame, FrameReader, FrameWriter};
 use crate::sys::sandbox::{self, SandboxError};
@@ -134,6 +135,14 @@ pub type Notices = mpsc::UnboundedReceiver<Notice>;
 #[derive(Clone, Debug)]
 pub struct Link {
     requests: mpsc::UnboundedSender<Asked>,
+    leases: mpsc::UnboundedSender<Unsaved>,
+}
+
+/// A lease, and who waits for it to be saved.
+#[derive(Debug)]
+struct Unsaved {
+    lease: SavedLease,
+    saved: oneshot::Sender<Result<(), LinkError>>,
 }
 
 #[derive(Debug)]
@@ -156,7 +165,9 @@ impl Link {
                 tracing::debug!("the link to the keeper: {error}");
             }
         });
-        Ok((Link { requests }, notices))
+        let (leases, unsaved) = mpsc::unbounded_channel();
+        tokio::spawn(save_leases(requests.clone(), unsaved));
+        Ok((Link { requests, leases }, notices))
     }
 
     /// Says that the workers run.
@@ -185,12 +196,16 @@ impl Link {
         self.ask(Request::Configure(settings)).await.map(drop)
     }
 
-    /// Has a peer's addresses remembered over restarts.
+    /// Has a peer's addresses remembered over restarts, together with those of others who come at the same time.
     ///
     /// # Errors
     /// See [`LinkError`].
     pub async fn save_lease(&self, lease: SavedLease) -> Result<(), LinkError> {
-        self.ask(Request::SaveLease(lease)).await.map(drop)
+        let (saved, answer) = oneshot::channel();
+        self.leases
+            .send(Unsaved { lease, saved })
+            .map_err(|_| LinkError::KeeperGone)?;
+        answer.await.unwrap_or(Err(LinkError::KeeperGone))
     }
 
     /// Reports a final failure; the daemon should end right after.
@@ -202,14 +217,47 @@ impl Link {
     }
 
     async fn ask(&self, request: Request) -> Result<Vec<OwnedFd>, LinkError> {
-        let (answer, answered) = oneshot::channel();
-        self.requests
-            .send(Asked { request, answer })
-            .map_err(|_| LinkError::KeeperGone)?;
-        match answered.await {
-            Ok((Reply::Error(line), _)) => Err(LinkError::Refused(line)),
-            Ok((Reply::Done | Reply::Socket, fds)) => Ok(fds),
-            Err(_) => Err(LinkError::KeeperGone),
+        ask(&self.requests, request).await
+    }
+}
+
+async fn ask(
+    requests: &mpsc::UnboundedSender<Asked>,
+    request: Request,
+) -> Result<Vec<OwnedFd>, LinkError> {
+    let (answer, answered) = oneshot::channel();
+    requests
+        .send(Asked { request, answer })
+        .map_err(|_| LinkError::KeeperGone)?;
+    match answered.await {
+        Ok((Reply::Error(line), _)) => Err(LinkError::Refused(line)),
+        Ok((Reply::Done | Reply::Socket, fds)) => Ok(fds),
+        Err(_) => Err(LinkError::KeeperGone),
+    }
+}
+
+/// Has leases saved. The keeper writes the whole list for every request, so whatever comes in while it does goes into
+/// the next request together. Runs until the last [`Link`] is gone.
+async fn save_leases(
+    requests: mpsc::UnboundedSender<Asked>,
+    mut unsaved: mpsc::UnboundedReceiver<Unsaved>,
+) {
+    let mut batch = Vec::new();
+    while unsaved.recv_many(&mut batch, LEASES_PER_REQUEST_MAX).await > 0 {
+        let leases = batch.iter().map(|unsaved| unsaved.lease.clone()).collect();
+        let saved = ask(&requests, Request::SaveLeases(leases)).await;
+        let alone = batch.len() == 1;
+        for Unsaved { lease, saved: told } in batch.drain(..) {
+            let saved = match &saved {
+                Ok(_) => Ok(()),
+                Err(LinkError::Refused(line)) if alone => Err(LinkError::Refused(line.clone())),
+                // Somebody's lease cannot be saved, perhaps for having been revoked, and that is not the others' fault.
+                Err(_) => ask(&requests, Request::SaveLeases(vec![lease]))
+                    .await
+                    .map(drop),
+            };
+            // Nobody waits any longer when the visitor has left.
+            let _ = told.send(saved);
         }
     }
 }

@@ -16,6 +16,11 @@ use crate::sys::netns::NetnsId;
 pub const REQUEST_BYTES_MAX: usize = 64 * 1024;
 /// The largest frame of the keeper: thousands of peers and a certificate chain fit.
 pub const FROM_KEEPER_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// Leases that one request may have saved.
+pub const LEASES_PER_REQUEST_MAX: usize = 256;
+/// More than a lease has as JSON: its longest name, two addresses, three keys.
+const LEASE_BYTES_MAX: usize = 200;
+const _: () = assert!(LEASES_PER_REQUEST_MAX * LEASE_BYTES_MAX < REQUEST_BYTES_MAX);
 /// Addresses that one client may be assigned.
 pub const ADDRESSES_MAX: usize = 16;
 /// Routes that a server may have its clients set.
@@ -169,8 +174,8 @@ pub enum Request {
     },
     /// Client: make the host look so. Repeatable; what no longer applies is undone.
     Configure(TunnelSettings),
-    /// Server: remember a peer's addresses.
-    SaveLease(SavedLease),
+    /// Server: remember these peers' addresses, all of them or none.
+    SaveLeases(Vec<SavedLease>),
     /// The daemon gives up; the keeper cleans up and the program ends with this line and exit code.
     Failed {
         /// The exit code: 1, or 2 for bad configuration.

@@ -185,11 +185,14 @@ impl ServerRole {
         Ok(self.state.peers()?.into_iter().map(Peer::from).collect())
     }
 
-    fn save_lease(&self, lease: &SavedLease) -> Result<(), String> {
-        if !self.pool_v4.contains(&lease.v4) || !self.pool_v6.contains(&lease.v6) {
+    fn save_leases(&self, leases: &[SavedLease]) -> Result<(), String> {
+        let is_ours = |lease: &SavedLease| {
+            self.pool_v4.contains(&lease.v4) && self.pool_v6.contains(&lease.v6)
+        };
+        if !leases.iter().all(is_ours) {
             return Err("these addresses are not in the pool".into());
         }
-        self.state.save_lease(lease).map_err(line)
+        self.state.save_leases(leases).map_err(line)
     }
 }
 
@@ -197,7 +200,7 @@ impl Role for ServerRole {
     fn answer(&mut self, request: Request) -> (Reply, Option<OwnedFd>) {
         let result = match request {
             Request::Ready => Ok(()),
-            Request::SaveLease(lease) => self.save_lease(&lease),
+            Request::SaveLeases(leases) => self.save_leases(&leases),
             _ => Err("a server's daemon does not ask for this".into()),
         };
         (result.map_or_else(Reply::Error, |()| Reply::Done), None)

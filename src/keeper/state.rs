@@ -288,21 +288,39 @@ impl StateDir {
         Ok(leases.unwrap_or_default().lease)
     }
 
-    /// Remembers a peer's addresses, in place of those it had, and of whoever had them.
+    /// Remembers peers' addresses, in place of those they had, and of whoever had them. The list is written once.
     ///
     /// # Errors
-    /// [`StateError`], such as a peer that is not there.
-    pub fn save_lease(&self, lease: &SavedLease) -> Result<(), StateError> {
+    /// [`StateError`], such as a peer that is not there; nothing is remembered then.
+    pub fn save_leases(&self, new: &[SavedLease]) -> Result<(), StateError> {
         let _lock = lock(&self.path)?;
-        if !self.peers()?.iter().any(|peer| peer.name == lease.peer) {
+        let peers = self.peers()?;
+        let known: HashSet<&str> = peers.iter().map(|peer| peer.name.as_str()).collect();
+        if let Some(lease) = new.iter().find(|lease| !known.contains(&lease.peer[..])) {
             return Err(StateError::NoSuchPeer(lease.peer.clone()));
         }
         let mut leases = self.leases()?;
-        leases.retain(|other| {
-            other.peer != lease.peer && other.v4 != lease.v4 && other.v6 != lease.v6
-        });
-        leases.push(lease.clone());
-        self.write(LEASES_FILE, &LeasesToml { lease: leases })
+        leases.extend_from_slice(new);
+        // From the newest on: whatever shares something with a newer one goes.
+        let (mut holders, mut taken_v4, mut taken_v6) =
+            (HashSet::new(), HashSet::new(), HashSet::new());
+        let mut kept: Vec<SavedLease> = leases
+            .into_iter()
+            .rev()
+            .filter(|lease| {
+                let is_free = !holders.contains(&lease.peer)
+                    && !taken_v4.contains(&lease.v4)
+                    && !taken_v6.contains(&lease.v6);
+                if is_free {
+                    holders.insert(lease.peer.clone());
+                    taken_v4.insert(lease.v4);
+                    taken_v6.insert(lease.v6);
+                }
+                is_free
+            })
+            .collect();
+        kept.reverse();
+        self.write(LEASES_FILE, &LeasesToml { lease: kept })
     }
 
     fn write(&self, file: &str, content: &impl Serialize) -> Result<(), StateError> {
@@ -586,17 +604,29 @@ mod tests {
             v6: [0xfd00, 0, 0, 0, 0, 0, 0, u16::from(last)].into(),
         };
         assert!(matches!(
-            state.save_lease(&lease("alice", 2)),
+            state.save_leases(&[lease("alice", 2)]),
             Err(StateError::NoSuchPeer(_))
         ));
         state.add_peer("alice").expect("added");
         state.add_peer("bob").expect("added");
-        state.save_lease(&lease("alice", 2)).expect("saved");
-        state.save_lease(&lease("alice", 3)).expect("saved");
-        state.save_lease(&lease("bob", 3)).expect("saved");
-        assert_eq!(state.leases().expect("leases"), [lease("bob", 3)]);
-        state.revoke_peer("bob").expect("revoked");
+        assert!(matches!(
+            state.save_leases(&[lease("alice", 2), lease("carol", 3)]),
+            Err(StateError::NoSuchPeer(_))
+        ));
         assert!(state.leases().expect("leases").is_empty());
+        state.save_leases(&[lease("alice", 2)]).expect("saved");
+        state.save_leases(&[lease("alice", 3)]).expect("saved");
+        assert_eq!(state.leases().expect("leases"), [lease("alice", 3)]);
+        state.save_leases(&[lease("bob", 3)]).expect("saved");
+        assert_eq!(state.leases().expect("leases"), [lease("bob", 3)]);
+        let both = [lease("alice", 4), lease("bob", 2), lease("bob", 5)];
+        state.save_leases(&both).expect("saved");
+        assert_eq!(
+            state.leases().expect("leases"),
+            [lease("alice", 4), lease("bob", 5)]
+        );
+        state.revoke_peer("bob").expect("revoked");
+        assert_eq!(state.leases().expect("leases"), [lease("alice", 4)]);
     }
 
     #[test]
