@@ -1,11 +1,12 @@
 //! Inner address to session to connections: the immutable snapshot that every worker looks packets up in.
 //!
-//! Control builds a new table whenever a session or a connection comes or goes and gives it to the workers as a whole
+//! Control makes a new table whenever a session or a connection comes or goes and gives it to the workers as a whole
 //! (an `Arc`); nobody changes one that is in use.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::{BuildHasherDefault, Hash, Hasher};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// Names one connection on one worker. A slot is used again; the generation tells its users apart.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -41,18 +42,77 @@ impl SessionRoute {
     }
 }
 
-/// Which connection a packet goes to. Build it, then share it unchanged.
+/// Which connection a packet goes to. Change it, then share a clone, which nobody changes.
+///
+/// Clones share what is alike in them: a change copies no more than the shards of the addresses it is about, so that
+/// with thousands of sessions one more costs little.
 #[derive(Clone, Debug, Default)]
 pub struct RouteTable {
     /// A client's only session takes every packet.
     everything: Option<SessionRoute>,
-    sessions: Vec<SessionRoute>,
-    /// Inner addresses to the index in `sessions`.
-    v4: AddressMap<u32>,
-    v6: AddressMap<u128>,
+    v4: Shards<u32>,
+    v6: Shards<u128>,
 }
 
-type AddressMap<A> = HashMap<A, u32, BuildHasherDefault<AddressHasher>>;
+/// Parts of a map from addresses to sessions.
+const SHARDS: usize = 64;
+
+/// A map in [`SHARDS`] parts, by the addresses' last bits, in which leases that follow each other differ. Empty before
+/// the first entry.
+#[derive(Clone, Debug)]
+struct Shards<A>(Vec<Arc<Shard<A>>>);
+
+type Shard<A> = HashMap<A, Arc<SessionRoute>, BuildHasherDefault<AddressHasher>>;
+
+/// An address as a number.
+trait Address: Copy + Eq + Hash {
+    fn shard(self) -> usize;
+}
+
+impl Address for u32 {
+    #[inline]
+    fn shard(self) -> usize {
+        self as usize % SHARDS
+    }
+}
+
+impl Address for u128 {
+    #[inline]
+    fn shard(self) -> usize {
+        self as usize % SHARDS
+    }
+}
+
+impl<A> Default for Shards<A> {
+    fn default() -> Self {
+        Shards(Vec::new())
+    }
+}
+
+impl<A: Address> Shards<A> {
+    #[inline]
+    fn get(&self, address: A) -> Option<&SessionRoute> {
+        let shard = self.0.get(address.shard())?;
+        shard.get(&address).map(|route| &**route)
+    }
+
+    fn insert(&mut self, address: A, route: &Arc<SessionRoute>) {
+        if self.0.is_empty() {
+            self.0 = vec![Arc::default(); SHARDS];
+        }
+        let shard = Arc::make_mut(&mut self.0[address.shard()]);
+        shard.insert(address, Arc::clone(route));
+    }
+
+    fn remove(&mut self, address: A, session: SessionId) {
+        if self
+            .get(address)
+            .is_some_and(|route| route.session == session)
+        {
+            Arc::make_mut(&mut self.0[address.shard()]).remove(&address);
+        }
+    }
+}
 
 impl RouteTable {
     /// A table in which nothing is found.
@@ -68,16 +128,25 @@ impl RouteTable {
         }
     }
 
-    /// A server's table in the making: `addresses` are the session's lease. An address that another session had
-    /// goes to this one.
+    /// A server's session comes, or has other connections now: `addresses` are its lease. An address that another
+    /// session had goes to this one.
     pub fn insert(&mut self, addresses: &[IpAddr], route: SessionRoute) {
-        let index = u32::try_from(self.sessions.len()).expect("fewer sessions than addresses");
-        self.sessions.push(route);
+        let route = Arc::new(route);
         for address in addresses {
             match address {
-                IpAddr::V4(address) => self.v4.insert(address.to_bits(), index),
-                IpAddr::V6(address) => self.v6.insert(address.to_bits(), index),
-            };
+                IpAddr::V4(address) => self.v4.insert(address.to_bits(), &route),
+                IpAddr::V6(address) => self.v6.insert(address.to_bits(), &route),
+            }
+        }
+    }
+
+    /// A session goes, and with it those of `addresses` that are still its own.
+    pub fn remove(&mut self, addresses: &[IpAddr], session: SessionId) {
+        for address in addresses {
+            match address {
+                IpAddr::V4(address) => self.v4.remove(address.to_bits(), session),
+                IpAddr::V6(address) => self.v6.remove(address.to_bits(), session),
+            }
         }
     }
 
@@ -93,11 +162,10 @@ impl RouteTable {
         if let Some(route) = &self.everything {
             return Some(route);
         }
-        let index = *match dst {
-            IpAddr::V4(address) => self.v4.get(&address.to_bits()),
-            IpAddr::V6(address) => self.v6.get(&address.to_bits()),
-        }?;
-        self.sessions.get(index as usize)
+        match dst {
+            IpAddr::V4(address) => self.v4.get(address.to_bits()),
+            IpAddr::V6(address) => self.v6.get(address.to_bits()),
+        }
     }
 }
 
@@ -192,6 +260,42 @@ mod tests {
             table.route(dst).map(|route| route.session),
             Some(SessionId(2))
         );
+    }
+
+    #[test]
+    fn a_session_that_goes_takes_along_what_is_its_own() {
+        let [kept, taken]: [IpAddr; 2] =
+            ["10.87.0.2", "10.87.0.3"].map(|a| a.parse().expect("valid"));
+        let mut table = RouteTable::empty();
+        table.insert(&[kept, taken], route(1, 1));
+        table.insert(&[taken], route(2, 1));
+        let before = table.clone();
+        table.remove(&[kept, taken], SessionId(1));
+        assert!(table.route(kept).is_none());
+        assert_eq!(
+            table.route(taken).map(|route| route.session),
+            Some(SessionId(2))
+        );
+        assert!(before.route(kept).is_some(), "a clone is as it was");
+    }
+
+    #[test]
+    fn one_more_session_copies_its_own_shards_only() {
+        let lease = |number: u32| IpAddr::from(Ipv4Addr::from_bits(0x0a57_0000 + number));
+        let mut table = RouteTable::empty();
+        for number in 0..1000 {
+            table.insert(&[lease(number)], route(u64::from(number), 1));
+        }
+        let before = table.clone();
+        table.insert(&[lease(1000)], route(1000, 1));
+        let copied = before
+            .v4
+            .0
+            .iter()
+            .zip(&table.v4.0)
+            .filter(|(one, other)| !Arc::ptr_eq(one, other));
+        assert_eq!(copied.count(), 1);
+        assert!(before.route(lease(1000)).is_none());
     }
 
     #[test]

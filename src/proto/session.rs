@@ -70,6 +70,8 @@ pub struct Sessions {
     by_peer: BTreeMap<String, Session>,
     peers: HashMap<ConnectionRef, String>,
     superseded: HashMap<String, VecDeque<InstanceId>>,
+    /// Exactly the sessions in `by_peer`.
+    routes: RouteTable,
     last_id: u64,
 }
 
@@ -119,6 +121,7 @@ impl Sessions {
             self.peers.remove(&replaced);
             closed.push((replaced, CloseReason::Replaced));
         }
+        self.routes.insert(&session.addresses(), session.route());
         self.peers
             .insert(arrival.connection, arrival.peer.to_owned());
         Arrived::Joined {
@@ -143,6 +146,7 @@ impl Sessions {
     }
 
     fn forget(&mut self, session: Session) -> impl Iterator<Item = ConnectionRef> + use<> {
+        self.routes.remove(&session.addresses(), session.id);
         for connection in session.connections.values() {
             self.peers.remove(connection);
         }
@@ -160,6 +164,7 @@ impl Sessions {
             .get_mut(&peer)
             .expect("a connection's session is there");
         session.connections.retain(|_, other| *other != connection);
+        self.routes.insert(&session.addresses(), session.route());
         true
     }
 
@@ -199,11 +204,7 @@ impl Sessions {
 
     /// The snapshot for the workers.
     pub fn routes(&self) -> RouteTable {
-        let mut routes = RouteTable::empty();
-        for session in self.by_peer.values() {
-            routes.insert(&session.addresses(), session.route());
-        }
-        routes
+        self.routes.clone()
     }
 }
 
