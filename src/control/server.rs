@@ -1,6 +1,7 @@
 //! The server's control thread: accepts, and keeps tunnels, workers and keeper in step.
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -138,8 +139,9 @@ fn open(
 fn pool(setup: &ServerSetup) -> Result<AddressPool, Ending> {
     let mut pool = AddressPool::new(setup.pool_v4, setup.pool_v6)
         .map_err(|error| Ending::failed(error.to_string()))?;
+    let invited: HashSet<&str> = setup.peers.iter().map(|peer| &peer.name[..]).collect();
     for saved in &setup.leases {
-        if !setup.peers.iter().any(|peer| peer.name == saved.peer) {
+        if !invited.contains(&saved.peer[..]) {
             continue;
         }
         let lease = Lease {

@@ -1,5 +1,6 @@
 //! The server's tunnels: who may have one, who has one, and where the workers find it.
 
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -185,17 +186,21 @@ impl Tunnels {
     /// The list of peers has changed. Whoever is no longer on it, or has another token now, is disconnected.
     pub fn set_peers(&mut self, peers: Vec<Peer>) {
         let former = std::mem::replace(&mut self.peers, peers);
-        let revoked: Vec<&Peer> = former
+        let present: HashMap<&str, &[u8; 32]> = self
+            .peers
             .iter()
-            .filter(|peer| !self.peers.contains(peer))
+            .map(|peer| (&peer.name[..], &peer.token_sha256))
             .collect();
-        let closed = self
-            .sessions
-            .retain_peers(|name| !revoked.iter().any(|peer| peer.name == name));
-        for peer in &revoked {
-            tracing::info!("{} is revoked", peer.name);
-            if !self.peers.iter().any(|other| other.name == peer.name) {
-                self.pool.release(&peer.name);
+        let revoked: HashSet<&str> = former
+            .iter()
+            .filter(|peer| present.get(&peer.name[..]) != Some(&&peer.token_sha256))
+            .map(|peer| &peer.name[..])
+            .collect();
+        let closed = self.sessions.retain_peers(|name| !revoked.contains(name));
+        for name in &revoked {
+            tracing::info!("{name} is revoked");
+            if !present.contains_key(name) {
+                self.pool.release(name);
             }
         }
         self.publish_routes();
