@@ -194,6 +194,7 @@ impl Worker {
             self.pool.release(chunk);
             return;
         };
+        let packets = connection.stats.counters.received_packets.get();
         let progress = if connection.is_open() {
             self.open_records(&mut connection, &chunk, start)
         } else {
@@ -204,7 +205,8 @@ impl Worker {
             Progress::Through(start) => {
                 // Less than a record is left, so a full read always fits behind it.
                 chunk.discard_front(start);
-                self.receive_more(&mut connection, chunk, next);
+                let brought = connection.stats.counters.received_packets.get() - packets;
+                self.receive_more(&mut connection, chunk, next, brought);
             }
             Progress::Stalled(start) => {
                 connection.receive = Receive::Stalled { chunk, start };
@@ -225,8 +227,15 @@ impl Worker {
         }
     }
 
-    /// Leaves a read in the kernel, or only polls while memory is short.
-    fn receive_more(&mut self, connection: &mut Connection, chunk: Buffer, next: Next) {
+    /// Leaves a read in the kernel, or only polls while memory is short, or while nothing but keepalives comes: a crowd
+    /// that idles holds no chunks that others could read with.
+    fn receive_more(
+        &mut self,
+        connection: &mut Connection,
+        chunk: Buffer,
+        next: Next,
+        brought_packets: u64,
+    ) {
         let finished = |plaintext: &mut Buffer| plaintext.bytes().is_empty();
         if let Some(plaintext) = connection.plaintext.take_if(finished) {
             self.pool.release(plaintext);
@@ -237,7 +246,8 @@ impl Worker {
             0 => self.is_short_of(Class::Chunk),
             _ => free == 0,
         };
-        if next == Next::Park || next == Next::ReadOrPark && short {
+        let idle = brought_packets == 0 && chunk.filled() == 0 && connection.plaintext.is_none();
+        if next == Next::Park || next == Next::ReadOrPark && (short || idle) {
             self.park(connection, chunk);
             return;
         }
