@@ -253,12 +253,18 @@ impl TlsStream {
             State::Failed => Err(TlsError::Failed),
             State::Records(_) if self.closed || self.peer_closed => Err(TlsError::Closed),
             State::Records(_) if !self.outgoing.is_empty() => Err(TlsError::Unsent),
-            State::Records(records) => Ok(Established {
-                records: *records,
-                ciphertext: self.incoming,
-                plaintext: self.plaintext,
-                agreed: self.agreed,
-            }),
+            State::Records(records) => {
+                let (mut ciphertext, mut plaintext) = (self.incoming, self.plaintext);
+                // They have held a whole handshake, and may now be kept as they are for as long as the peer says nothing.
+                ciphertext.shrink_to_fit();
+                plaintext.shrink_to_fit();
+                Ok(Established {
+                    records: *records,
+                    ciphertext,
+                    plaintext,
+                    agreed: self.agreed,
+                })
+            }
         }
     }
 
