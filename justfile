@@ -52,7 +52,7 @@ bench *args: release
 microbench *args:
     cargo bench -p ringtun-benches --bench microbench --locked -- {{ args }}
 
-# Count instructions of the same pieces, and compare with benches/instructions.toml: `--update` writes it
+# Count instructions of the same pieces, and compare with lab/benches/instructions.toml: `--update` writes it
 instructions *args:
     ci/instructions {{ args }}
 

@@ -1,7 +1,7 @@
 //! `just instructions`: how many instructions the pieces of the packet path take, by valgrind's callgrind.
 //!
 //! Instructions are not time, but the same on every run, busy machine or not: a piece that takes more of them than
-//! `benches/instructions.toml` says has become slower, or does more, and somebody should know. Each case runs in a process of
+//! `lab/benches/instructions.toml` says has become slower, or does more, and somebody should know. Each case runs in a process of
 //! its own under callgrind, which counts inside of [`counted`] only.
 //!
 //! What depends on the processor ([`Case::dispatched`]) is counted for the one that valgrind shows: AVX2 and AES-NI, but
@@ -17,7 +17,7 @@ use std::process::{Command, ExitCode, Stdio};
 
 /// The counts to hold to.
 const TABLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/instructions.toml");
-const TABLE_HEAD: &str = "# Instructions of one run of each case in benches/cases, by callgrind.\n\
+const TABLE_HEAD: &str = "# Instructions of one run of each case in lab/benches/cases, by callgrind.\n\
     # `just instructions` compares with this, `just instructions --update` writes it.\n\n";
 /// Runs before the counted one, so that nothing is lazily set up in that.
 const WARM_UP_RUNS: usize = 8;
@@ -138,7 +138,7 @@ fn compare() -> Result<(), String> {
     }
     if !worse.is_empty() || !forgotten.is_empty() {
         return Err(format!(
-            "more instructions than benches/instructions.toml says, or a case too many or too few: {}; if that is as it \
+            "more instructions than lab/benches/instructions.toml says, or a case too many or too few: {}; if that is as it \
              has to be, `just instructions --update` and commit the table, with the reason",
             worse
                 .into_iter()
