@@ -59,17 +59,28 @@ pub struct Memory {
     pub proportional_mib: f64,
 }
 
-/// An ordinary client's throughput, in Mbit/s, by round.
+/// An ordinary client's transfers, by round.
 #[derive(Clone, Debug, Serialize)]
 pub struct Bulk {
     /// `down` or `up`.
     pub direction: &'static str,
     /// Through the server that has the crowd.
-    pub beside: Vec<f64>,
+    pub beside: Vec<Transfer>,
     /// Through another one.
-    pub alone: Vec<f64>,
-    /// Of the medians.
+    pub alone: Vec<Transfer>,
+    /// Throughput beside the crowd over that without, of the medians.
     pub ratio: f64,
+    /// The same of what the servers' processors did for each byte, which says more where others use the machine, too.
+    pub cpu_ratio: f64,
+}
+
+/// One transfer.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Transfer {
+    /// Throughput.
+    pub megabits_per_second: f64,
+    /// Processor time of the server.
+    pub server_cpu_seconds_per_gb: f64,
 }
 
 impl Memory {
@@ -82,14 +93,29 @@ impl Memory {
 }
 
 impl Bulk {
-    pub(super) fn new(direction: &'static str, beside: Vec<f64>, alone: Vec<f64>) -> Bulk {
+    pub(super) fn new(
+        direction: &'static str,
+        beside: Vec<Transfer>,
+        alone: Vec<Transfer>,
+    ) -> Bulk {
         Bulk {
             direction,
-            ratio: median(beside.clone()) / median(alone.clone()),
+            ratio: rate(&beside) / rate(&alone),
+            cpu_ratio: cost(&beside) / cost(&alone),
             beside,
             alone,
         }
     }
+}
+
+fn rate(transfers: &[Transfer]) -> f64 {
+    let rates = transfers.iter().map(|one| one.megabits_per_second);
+    median(rates.collect())
+}
+
+fn cost(transfers: &[Transfer]) -> f64 {
+    let costs = transfers.iter().map(|one| one.server_cpu_seconds_per_gb);
+    median(costs.collect())
 }
 
 impl Figures {
@@ -171,10 +197,13 @@ impl Figures {
             row(
                 &format!("bulk {}", bulk.direction),
                 format!(
-                    "{:.0} Mbit/s beside the crowd, {:.0} without: ratio {:.2}",
-                    median(bulk.beside.clone()),
-                    median(bulk.alone.clone()),
-                    bulk.ratio
+                    "{:.0} Mbit/s beside the crowd, {:.0} without: ratio {:.2}; {:.2} and {:.2} CPU s of the server per GB: ratio {:.2}",
+                    rate(&bulk.beside),
+                    rate(&bulk.alone),
+                    bulk.ratio,
+                    cost(&bulk.beside),
+                    cost(&bulk.alone),
+                    bulk.cpu_ratio,
                 ),
             );
         }
@@ -185,6 +214,13 @@ impl Figures {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn transfer(megabits_per_second: f64) -> Transfer {
+        Transfer {
+            megabits_per_second,
+            server_cpu_seconds_per_gb: 1.0,
+        }
+    }
 
     fn figures() -> Figures {
         let memory = |mib| Memory {
@@ -209,7 +245,11 @@ mod tests {
             echo_requests: 40,
             echo_replies: 40,
             echo_time_us: 300.0,
-            bulk: vec![Bulk::new("down", vec![90.0, 80.0, 100.0], vec![100.0])],
+            bulk: vec![Bulk::new(
+                "down",
+                [90.0, 80.0, 100.0].map(transfer).to_vec(),
+                vec![transfer(100.0)],
+            )],
         }
     }
 

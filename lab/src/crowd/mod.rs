@@ -35,12 +35,12 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::LocalSet;
 
 use crate::bench::{BenchError, Direction, Stream, median, usage};
-use crate::host::{Host, RUN_LIMIT};
+use crate::host::RUN_LIMIT;
 use crate::netns::NamespaceError;
 use crate::process::{Process, ProcessError};
-use crate::scenario::{self, ScenarioError, Tunnel};
+use crate::scenario;
 use crate::topology::{Lab, LabError, SERVER_V4, Topology, WEB_IPERF_PORT, WEB_V4};
-use figures::{Bulk, Figures, Memory};
+use figures::{Bulk, Figures, Memory, Transfer};
 use session::{Common, Order, READ_BYTES, Session};
 use tally::{Counts, Tally};
 
@@ -62,6 +62,7 @@ const SETTLING: Duration = Duration::from_secs(3);
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// How often it tells.
 const TELL_INTERVAL: Duration = Duration::from_secs(2);
+const GIGA: f64 = 1e9;
 /// Descriptors beside those of the sessions.
 const OTHER_FILES: u64 = 512;
 /// Where `ringtun server` looks for its configuration.
@@ -136,9 +137,6 @@ pub enum CrowdError {
     /// ringtun, or a program that measures, failed.
     #[error("a program failed")]
     Process(#[from] ProcessError),
-    /// ringtun did not come up.
-    #[error("no tunnel")]
-    Tunnel(#[from] ScenarioError),
     /// A rate could not be measured.
     #[error("no bulk transfer")]
     Bulk(#[from] BenchError),
@@ -421,7 +419,9 @@ impl Watcher<'_> {
     fn bulk(&mut self, on_lab: &mut dyn FnMut(&Lab)) -> Result<Vec<Bulk>, CrowdError> {
         let lab = Lab::build(Topology::Nat)?;
         on_lab(&lab);
-        let _tunnel = Tunnel::start(&lab, self.ringtun)?;
+        let server = scenario::start_server(lab.host("server"), self.ringtun)?;
+        let invite = scenario::invite(lab.host("server"), self.ringtun, "client")?;
+        let _client = scenario::start_client(lab.host("client"), self.ringtun, &invite)?;
         let mut bulk = Vec::new();
         for (direction, name) in [(Direction::Down, "down"), (Direction::Up, "up")] {
             let (mut beside, mut alone) = (Vec::new(), Vec::new());
@@ -430,15 +430,26 @@ impl Watcher<'_> {
                     "bulk transfer {name}, round {round} of {}",
                     self.plan.bulk_rounds
                 ));
-                beside.push(self.rate(self.lab.host("client"), direction)?);
-                alone.push(self.rate(lab.host("client"), direction)?);
+                // Neither is always the first.
+                if round % 2 == 0 {
+                    alone.push(self.transfer(&lab, &server, direction)?);
+                }
+                beside.push(self.transfer(self.lab, self.server, direction)?);
+                if round % 2 == 1 {
+                    alone.push(self.transfer(&lab, &server, direction)?);
+                }
             }
             bulk.push(Bulk::new(name, beside, alone));
         }
         Ok(bulk)
     }
 
-    fn rate(&self, client: &Host, direction: Direction) -> Result<f64, CrowdError> {
+    fn transfer(
+        &self,
+        lab: &Lab,
+        server: &Process,
+        direction: Direction,
+    ) -> Result<Transfer, CrowdError> {
         let stream = Stream {
             to: (WEB_V4, WEB_IPERF_PORT),
             direction,
@@ -446,7 +457,14 @@ impl Watcher<'_> {
             seconds: self.plan.bulk_seconds,
             omitted_seconds: 1,
         };
-        Ok(stream.run(client)?.megabits_per_second)
+        let family = usage::family(server.pid());
+        let busy = usage::processor_time(&family);
+        let transfer = stream.run(lab.host("client"))?;
+        let busy = usage::processor_time(&family).saturating_sub(busy);
+        Ok(Transfer {
+            megabits_per_second: transfer.megabits_per_second,
+            server_cpu_seconds_per_gb: busy.as_secs_f64() / (transfer.bytes / GIGA),
+        })
     }
 
     fn report(&self) -> Result<Report, CrowdError> {
