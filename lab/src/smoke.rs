@@ -388,18 +388,16 @@ impl Smoke<'_> {
         ))
     }
 
-    /// What went through the client's interface in the direction of a transfer.
+    /// What came out of the tunnel at the receiving side of a transfer.
     fn tunnel_traffic(&self, direction: Direction) -> Result<Traffic, Failure> {
-        let report = self
-            .client()
-            .exec("ip", ["-j", "-s", "link", "show", "dev", INTERFACE])?;
-        let counters = match direction {
-            Direction::Down => "rx",
-            Direction::Up => "tx",
+        let receiver = match direction {
+            Direction::Down => self.client(),
+            Direction::Up => self.server(),
         };
+        let report = receiver.exec("ip", ["-j", "-s", "link", "show", "dev", INTERFACE])?;
         let report: serde_json::Value = serde_json::from_str(&report).unwrap_or_default();
         let counter = |name: &str| {
-            let counter = report.pointer(&format!("/0/stats64/{counters}/{name}"));
+            let counter = report.pointer(&format!("/0/stats64/rx/{name}"));
             counter
                 .and_then(serde_json::Value::as_u64)
                 .ok_or_else(|| Failure::Wrong(format!("ip knows no {name} of {INTERFACE}")))
