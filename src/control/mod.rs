@@ -244,9 +244,10 @@ fn log_workers(workers: &Workers) {
 /// What would end the daemon.
 pub fn rehearse(workers: usize) -> Result<Rehearsal, RehearsalError> {
     let share = LockableMemory::find();
-    runtime::Runtime::new(share.of_ring(workers)).map_err(RehearsalError::Control)?;
+    // The worker's ring first: its error says what denies io_uring.
     let ring =
         PreparedRing::new(IoMode::Auto, share.of_ring(workers)).map_err(WorkerError::from)?;
+    runtime::Runtime::new(share.of_ring(workers)).map_err(RehearsalError::Control)?;
     let lockable_bytes = share.of_buffers(workers);
     Ok(worker::rehearse(
         ring,
