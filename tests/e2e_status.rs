@@ -28,7 +28,7 @@ fn assert_sound(status: &Value, role: &str, keeper: i32, daemon: i32) {
     assert_eq!(status["role"], role);
     assert_eq!(status["interface"], "ringtun0");
     assert_eq!(status["mtu_bytes"], 1500);
-    assert_eq!(status["io_mode"], "auto");
+    assert_eq!(status["io_mode"], common::io_mode());
     assert!(status["up_seconds"].as_f64().expect("a time") > 0.0);
     assert!(list(status, "tun_offloads").contains(&json!("csum")));
     assert_ne!(number(status, "/network_namespace/inode"), 0);

@@ -90,6 +90,11 @@ pub fn io_options() -> Vec<String> {
         .collect()
 }
 
+/// How io_uring is used, as `ringtun status` has it.
+pub fn io_mode() -> String {
+    std::env::var(IO_VARIABLE).unwrap_or_else(|_| "auto".to_owned())
+}
+
 /// Starts `ringtun server` on `server` and waits until it listens.
 pub fn start_server(lab: &Lab, arguments: &[&str]) -> Process {
     let server = lab
