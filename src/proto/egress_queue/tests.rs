@@ -71,6 +71,14 @@ fn kind() -> impl Strategy<Value = Kind> {
     ]
 }
 
+/// A packet's length and what it can tell: a segment has at least one byte.
+fn length_and_kind(bytes: impl Strategy<Value = usize>) -> impl Strategy<Value = (usize, Kind)> {
+    (bytes, kind()).prop_map(|(bytes, kind)| match kind {
+        Kind::Segments(segments) => (bytes.max(segments), kind),
+        Kind::Capable | Kind::Spared => (bytes, kind),
+    })
+}
+
 fn bounds() -> impl Strategy<Value = Bounds> {
     (0..200_000_usize, [0..60_usize, 0..60_usize]).prop_map(|(bytes_max, slots_max)| Bounds {
         bytes_max,
@@ -81,12 +89,11 @@ fn bounds() -> impl Strategy<Value = Bounds> {
 fn step() -> impl Strategy<Value = Step> {
     let push = (
         0..FLOWS as u32,
-        prop_oneof![1..1500_usize, 1..66_000_usize],
+        length_and_kind(prop_oneof![1..1500_usize, 1..66_000_usize]),
         0..CLASSES,
-        kind(),
     );
     prop_oneof![
-        30 => push.prop_map(|(flow, bytes, class, kind)| Step::Push { flow, bytes, class, kind }),
+        30 => push.prop_map(|(flow, (bytes, kind), class)| Step::Push { flow, bytes, class, kind }),
         15 => Just(Step::Pop),
         5 => Just(Step::PutBack),
         10 => (1..60_000_000_u64).prop_map(Step::Wait),
@@ -237,12 +244,12 @@ proptest! {
     /// Whatever the signals, what comes first of a flow goes first, and a queue that is emptied gives all.
     #[test]
     fn without_a_bound_nothing_is_lost_but_by_signals(
-        packets in prop::collection::vec((0..8_u32, 1..66_000_usize, kind(), 0..20_000_000_u64), 1..200),
+        packets in prop::collection::vec((0..8_u32, length_and_kind(1..66_000_usize), 0..20_000_000_u64), 1..200),
     ) {
         let mut checked = Checked::new();
         let mut now = Instant::ZERO;
         let bounds = Bounds::of_bytes(usize::MAX);
-        for (serial, (flow, bytes, kind, nanos)) in packets.into_iter().enumerate() {
+        for (serial, (flow, (bytes, kind), nanos)) in packets.into_iter().enumerate() {
             let packet = Toy { serial, flow, bytes, class: 0, kind };
             checked.waiting.insert(serial, packet);
             prop_assert_eq!(checked.queue.push(now, flow, packet, &bounds), Admit::Queued);
