@@ -15,7 +15,7 @@
 //! ```
 //!
 //! Where to read: [`topology`] (what there is), [`host`] and [`process`] (what a test does with it),
-//! [`probe`] (who reaches whom), [`firewall`], [`link`] and [`netns`] (how it is made), [`scenario`] and
+//! [`probe`] (who reaches whom), [`firewall`], [`link`], [`wire`] and [`netns`] (how it is made), [`scenario`] and
 //! [`bench`](mod@bench) (ringtun shown and measured in it), [`crowd`] (thousands of sessions at once), [`smoke`] and
 //! [`transfer`] (ringtun tried on whatever kernel there is), [`standing`] (a lab that outlives its command).
 
@@ -34,6 +34,7 @@ pub mod smoke;
 pub mod standing;
 pub mod topology;
 pub mod transfer;
+pub mod wire;
 
 pub use host::{Host, Ping};
 pub use process::{Output, Process};

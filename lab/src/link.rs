@@ -173,6 +173,50 @@ pub fn route(host: &Namespace, to: IpNet, gateway: IpAddr) -> Result<(), LinkErr
     })
 }
 
+/// Gives an Ethernet interface an address of its own and a queue of so many frames.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn set_ethernet(
+    host: &Namespace,
+    interface: &str,
+    address: [u8; 6],
+    queue_frames: u32,
+) -> Result<(), LinkError> {
+    in_host(host, async |netlink| {
+        let settings = LinkMessageBuilder::<LinkUnspec>::new()
+            .index(index(interface)?)
+            .address(address.to_vec())
+            .txqueuelen(queue_frames)
+            .build();
+        refused(netlink.link().change(settings).execute().await, || {
+            format!("the address and the queue of {interface}")
+        })
+    })
+}
+
+/// Tells a host for good which Ethernet address a neighbour has, so that it never asks.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn set_neighbour(
+    host: &Namespace,
+    interface: &str,
+    neighbour: IpAddr,
+    address: [u8; 6],
+) -> Result<(), LinkError> {
+    in_host(host, async |netlink| {
+        let entry = netlink
+            .neighbours()
+            .add(index(interface)?, neighbour)
+            .link_layer_address(&address)
+            .replace();
+        refused(entry.execute().await, || {
+            format!("neighbour {neighbour} on {interface}")
+        })
+    })
+}
+
 /// Runs netlink requests in a host's network.
 fn in_host<T: Send, F>(
     host: &Namespace,

@@ -19,6 +19,7 @@ use ringtun_lab::netns::{Ender, become_root};
 use ringtun_lab::report::Report;
 use ringtun_lab::scenario::{self, ScenarioError};
 use ringtun_lab::standing::{self, Standing};
+use ringtun_lab::wire::trial;
 use ringtun_lab::{Host, Lab, Topology, crowd, smoke};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -91,6 +92,11 @@ enum Action {
         #[command(flatten)]
         options: crowd::Options,
     },
+    /// Join two hosts by a wire as slow, far and lossy as asked, and tell what it does to packets
+    Wire {
+        #[command(flatten)]
+        options: trial::Options,
+    },
     /// What `lab up` leaves behind
     #[command(hide = true)]
     Hold {
@@ -156,6 +162,7 @@ fn perform(action: Action) -> anyhow::Result<ExitCode> {
         Action::Shell { name, host } => shell(&standing::find(&name.name, &host)?),
         Action::Bench { ringtun, options } => measure(ringtun, &options),
         Action::Crowd { ringtun, options } => gather(ringtun, &options),
+        Action::Wire { options } => try_wire(&options),
         Action::Hold { name, topology } => hold(&name.name, topology),
     }
 }
@@ -170,8 +177,9 @@ fn play(
     };
     become_root()?;
     let mut report = Report::new(stdout());
-    let on_signal = end_on_signal()?;
-    scenario(&ringtun, &mut report, Box::new(on_signal))?;
+    let mut on_ender = end_on_signal()?;
+    let on_lab = move |lab: &Lab| on_ender(lab.ender());
+    scenario(&ringtun, &mut report, Box::new(on_lab))?;
     match report.failed() {
         0 => {
             report.heading("All of it is as it should be.")?;
@@ -192,7 +200,8 @@ fn measure(ringtun: Ringtun, options: &Options) -> anyhow::Result<ExitCode> {
         return Ok(no_ringtun());
     };
     become_root()?;
-    let on_lab = end_on_signal()?;
+    let mut on_ender = end_on_signal()?;
+    let on_lab = |lab: &Lab| on_ender(lab.ender());
     let figures = bench::run(&ringtun, options.plan(), on_lab, |line| eprintln!("{line}"))?;
     print!("{}", figures.to_table());
     let texts = [
@@ -221,7 +230,8 @@ fn gather(ringtun: Ringtun, options: &crowd::Options) -> anyhow::Result<ExitCode
         return Ok(no_ringtun());
     };
     become_root()?;
-    let on_lab = end_on_signal()?;
+    let mut on_ender = end_on_signal()?;
+    let on_lab = |lab: &Lab| on_ender(lab.ender());
     let figures = crowd::run(&ringtun, options.plan(), on_lab, |line| eprintln!("{line}"))?;
     print!("{}", figures.to_table());
     if let Some(path) = json {
@@ -234,14 +244,24 @@ fn gather(ringtun: Ringtun, options: &crowd::Options) -> anyhow::Result<ExitCode
     })
 }
 
+fn try_wire(options: &trial::Options) -> anyhow::Result<ExitCode> {
+    let plan = match options.plan() {
+        Ok(plan) => plan,
+        Err(unsound) => {
+            eprintln!("lab: {unsound}");
+            return Ok(ExitCode::from(USAGE_ERROR));
+        }
+    };
+    become_root()?;
+    let mut on_ender = end_on_signal()?;
+    print!("{}", trial::run(options, &plan, &mut on_ender)?);
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Starts the holder and waits until the lab is there.
 fn up(name: &str, topology: Topology) -> anyhow::Result<ExitCode> {
-    let topology = match topology {
-        Topology::Nat => "nat",
-        Topology::Dpi => "dpi",
-    };
     let mut holder = Command::new(env::current_exe()?)
-        .args(["hold", "--name", name, "--topology", topology])
+        .args(["hold", "--name", name, "--topology", &topology.name()])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -299,8 +319,8 @@ fn shell(host: &Host) -> anyhow::Result<ExitCode> {
     ))
 }
 
-/// Makes Ctrl-C and SIGTERM end labs before they end the program. The answer is to be called with every lab.
-fn end_on_signal() -> anyhow::Result<impl FnMut(&Lab)> {
+/// Makes Ctrl-C and SIGTERM end labs before they end the program. The answer is to be called with every lab's ender.
+fn end_on_signal() -> anyhow::Result<impl FnMut(Ender)> {
     let signals = Signals::catch()?;
     let enders = Arc::new(Mutex::new(Vec::<Ender>::new()));
     let to_end = Arc::clone(&enders);
@@ -313,9 +333,9 @@ fn end_on_signal() -> anyhow::Result<impl FnMut(&Lab)> {
         }
         process::exit(128 + number);
     });
-    Ok(move |lab: &Lab| {
+    Ok(move |ender: Ender| {
         let mut enders = enders.lock().unwrap_or_else(PoisonError::into_inner);
-        enders.push(lab.ender());
+        enders.push(ender);
     })
 }
 

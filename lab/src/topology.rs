@@ -7,6 +7,9 @@
 //!             fd77::3        192.0.2.2                                            2001:db8:113::80
 //! ```
 //!
+//! Between firewall and internet there is a plain link, or a [`wire`] that is slow, far away or unreliable:
+//! [`Topology::wire`].
+//!
 //! The firewall masquerades both families. `server` has the machine's usual Linux defaults: it forwards
 //! nothing until somebody tells it to. Its nameserver is `web`, where every name leads to `web`; the LAN has a
 //! nameserver that does not answer. `web` answers with the source address that it sees on
@@ -25,6 +28,7 @@ use crate::link::{self, End, LinkError};
 use crate::netns::{Ender, Namespace, NamespaceError, ProcessTree};
 use crate::probe::{Responder, ResponderError};
 use crate::process::{Process, ProcessError};
+use crate::wire::{self, FAR_ADDRESS, NEAR_ADDRESS, Wire, WireError};
 
 /// `client`, on the LAN.
 pub const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 2);
@@ -83,15 +87,46 @@ pub enum Topology {
     Nat,
     /// The same, and what is not TLS on 443 or HTTP on 80 is dropped.
     Dpi,
+    /// 100 Mbit/s, 40 ms round trip, 1 % random loss
+    Lossy,
+    /// 500 Mbit/s, 100 ms round trip
+    LongFat,
+    /// 20 Mbit/s, 40 ms round trip, a queue of 1 MB at the bottleneck
+    Bufferbloat,
+    /// Rate and delay that change over time, short stalls, losses in bursts
+    Mobile,
+}
+
+impl Topology {
+    /// Its name on the command line.
+    #[must_use]
+    pub fn name(self) -> String {
+        let value = clap::ValueEnum::to_possible_value(&self);
+        value.map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    /// The wire between firewall and internet, where that is no plain link. Its near end is the firewall's.
+    #[must_use]
+    pub fn wire(self) -> Option<wire::Plan> {
+        match self {
+            Topology::Nat | Topology::Dpi => None,
+            Topology::Lossy => Some(wire::paths::lossy()),
+            Topology::LongFat => Some(wire::paths::long_fat()),
+            Topology::Bufferbloat => Some(wire::paths::bufferbloat()),
+            Topology::Mobile => Some(wire::paths::mobile()),
+        }
+    }
 }
 
 /// A running lab. Dropping it ends its processes and removes everything; so does the end of the process that
 /// holds it, however it comes.
 #[derive(Debug)]
 pub struct Lab {
-    // Fields are dropped in this order: services, the process tree with all processes, then the namespaces.
+    // Fields are dropped in this order: services, the process tree with all processes, then what joins the hosts, then
+    // their namespaces.
     _services: Services,
     processes: ProcessTree,
+    wire: Option<Wire>,
     hosts: Vec<Host>,
 }
 
@@ -110,6 +145,9 @@ pub enum LabError {
     /// A link is missing.
     #[error("the lab's network could not be made")]
     Link(#[from] LinkError),
+    /// A wire is missing.
+    #[error("the lab's wire could not be made")]
+    Wire(#[from] WireError),
     /// A program failed.
     #[error("a program that the lab needs failed (ci/setup installs them)")]
     Process(#[from] ProcessError),
@@ -142,7 +180,12 @@ impl Lab {
         }
         join((&client, "eth0"), (&firewall, "lan-client"))?;
         join((&client2, "eth0"), (&firewall, "lan-client2"))?;
-        join((&firewall, firewall::WAN), (&internet, "firewall"))?;
+        let outside = (&firewall, firewall::WAN);
+        let inside = (&internet, "firewall");
+        let wire = match topology.wire() {
+            None => join(outside, inside).map(|()| None)?,
+            Some(plan) => Some(Wire::join(end(outside), end(inside), &plan)?),
+        };
         join((&server, "eth0"), (&internet, "server"))?;
         join((&web, "eth0"), (&internet, "web"))?;
 
@@ -162,11 +205,11 @@ impl Lab {
         let gateway = [GATEWAY_V4.into(), GATEWAY_V6.into()];
         attach(&client, "eth0", &subnet(CLIENT_V4, CLIENT_V6), gateway)?;
         attach(&client2, "eth0", &subnet(CLIENT2_V4, CLIENT2_V6), gateway)?;
-        let outside = subnet(FIREWALL_V4, FIREWALL_V6);
+        let outside_addresses = subnet(FIREWALL_V4, FIREWALL_V6);
         attach(
             &firewall,
             firewall::WAN,
-            &outside,
+            &outside_addresses,
             INTERNET_TO_FIREWALL.map(|net| net.addr()),
         )?;
         let server_addresses = subnet(SERVER_V4, SERVER_V6);
@@ -184,6 +227,11 @@ impl Lab {
             &web_addresses,
             INTERNET_TO_WEB.map(|net| net.addr()),
         )?;
+
+        if wire.is_some() {
+            introduce(&firewall, firewall::WAN, INTERNET_TO_FIREWALL, FAR_ADDRESS)?;
+            introduce(&internet, "firewall", outside_addresses, NEAR_ADDRESS)?;
+        }
 
         // Where br_netfilter is there, frames between the clients would pass the firewall's rules, too.
         for key in [
@@ -204,8 +252,8 @@ impl Lab {
         firewall::apply(
             &firewall,
             match topology {
-                Topology::Nat => Policy::Ports,
                 Topology::Dpi => Policy::Inspection,
+                _ => Policy::Ports,
             },
         )?;
         for (host, nameserver) in [
@@ -233,6 +281,7 @@ impl Lab {
         Ok(Lab {
             _services: services,
             processes,
+            wire,
             hosts,
         })
     }
@@ -241,6 +290,12 @@ impl Lab {
     #[must_use]
     pub fn ender(&self) -> Ender {
         self.processes.ender()
+    }
+
+    /// The wire between firewall and internet, if the topology has one.
+    #[must_use]
+    pub fn wire(&self) -> Option<&Wire> {
+        self.wire.as_ref()
     }
 
     /// All hosts.
@@ -260,17 +315,29 @@ impl Lab {
     }
 }
 
-fn join((near, near_name): (&Host, &str), (far, far_name): (&Host, &str)) -> Result<(), LinkError> {
-    link::join(
-        End {
-            host: near.namespace(),
-            interface: near_name,
-        },
-        End {
-            host: far.namespace(),
-            interface: far_name,
-        },
-    )
+fn join(near: (&Host, &str), far: (&Host, &str)) -> Result<(), LinkError> {
+    link::join(end(near), end(far))
+}
+
+fn end<'a>((host, interface): (&'a Host, &'a str)) -> End<'a> {
+    End {
+        host: host.namespace(),
+        interface,
+    }
+}
+
+/// Tells a host who is at the other end of a wire: one that loses packets loses questions, too, and after an outage a
+/// host that asks in vain sends errors in place of packets.
+fn introduce(
+    host: &Host,
+    interface: &str,
+    addresses: [IpNet; 2],
+    ethernet: [u8; 6],
+) -> Result<(), LinkError> {
+    for address in addresses {
+        link::set_neighbour(host.namespace(), interface, address.addr(), ethernet)?;
+    }
+    Ok(())
 }
 
 /// Sets up a host's only way out.
