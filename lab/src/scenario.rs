@@ -405,6 +405,7 @@ fn speed<W: Write>(lab: &Lab, report: &mut Report<W>) -> Result<(), ScenarioErro
             streams: 1,
             seconds: GLIMPSE_SECONDS,
             omitted_seconds: 0,
+            congestion_control: None,
         };
         let transfer = stream.run(lab.host(client))?;
         Ok::<f64, BenchError>(transfer.megabits_per_second)

@@ -21,6 +21,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use crate::firewall::{self, Policy};
 use crate::host::Host;
@@ -80,7 +81,8 @@ const PREFIX_V6: u8 = 64;
 const READY: Duration = Duration::from_secs(10);
 
 /// What stands between the clients and the internet.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Topology {
     /// A firewall that lets out TCP 80 and 443 and nothing else.
     #[default]

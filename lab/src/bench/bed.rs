@@ -1,12 +1,13 @@
 //! A system that runs in a lab of its own, and one measurement on it at a time.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::echo::{self, Watch};
 use super::metric::{Direction, Metric};
 use super::system::{Environment, Setup, Step, System};
 use super::tcp::Stream;
-use super::{BenchError, Plan, udp, usage};
+use super::{BenchError, Plan, requests, udp, usage};
 use crate::host::Host;
 use crate::process::Process;
 use crate::topology::{Lab, SERVER_V4, Topology, WEB_IPERF_PORT, WEB_V4};
@@ -19,6 +20,8 @@ const DOWN_LIMIT: Duration = Duration::from_secs(10);
 const LOAD_MARGIN_SECONDS: u32 = 2;
 /// Echo requests per second, for how long a load has to last.
 const ECHOES_PER_SECOND: usize = 100;
+/// Streams that have to share a path.
+const MANY_STREAMS: usize = 8;
 const MEGA: f64 = 1e6;
 const GIGA: f64 = 1e9;
 
@@ -41,6 +44,8 @@ pub(super) enum Probe {
     RoundTrips,
     Throughput(Direction, usize),
     RoundTripsBeside(Direction),
+    Requests,
+    Fairness(Direction),
     Packets(Direction, usize),
     MemoryPeak,
 }
@@ -50,16 +55,19 @@ pub(super) type Samples = Vec<(Metric, f64)>;
 
 impl Probe {
     /// All of them in the order in which they are made: the idle ones first.
-    pub(super) const ALL: [Probe; 14] = [
+    pub(super) const ALL: [Probe; 17] = [
         Probe::Connect,
         Probe::MemoryIdle,
         Probe::RoundTrips,
+        Probe::Requests,
         Probe::Throughput(Direction::Down, 1),
         Probe::Throughput(Direction::Up, 1),
         Probe::Throughput(Direction::Down, 4),
         Probe::Throughput(Direction::Up, 4),
         Probe::RoundTripsBeside(Direction::Down),
         Probe::RoundTripsBeside(Direction::Up),
+        Probe::Fairness(Direction::Down),
+        Probe::Fairness(Direction::Up),
         Probe::Packets(Direction::Down, 64),
         Probe::Packets(Direction::Up, 64),
         Probe::Packets(Direction::Down, 1200),
@@ -79,6 +87,9 @@ impl Probe {
             Probe::Throughput(Direction::Up, _) => &[Metric::TcpUp4],
             Probe::RoundTripsBeside(Direction::Down) => &[Metric::RttDownP50, Metric::RttDownP99],
             Probe::RoundTripsBeside(Direction::Up) => &[Metric::RttUpP50, Metric::RttUpP99],
+            Probe::Requests => &[Metric::RequestIdleP99],
+            Probe::Fairness(Direction::Down) => &[Metric::FairDown, Metric::RequestDownP99],
+            Probe::Fairness(Direction::Up) => &[Metric::FairUp, Metric::RequestUpP99],
             Probe::Packets(Direction::Down, 64) => &[Metric::UdpDown64],
             Probe::Packets(Direction::Up, 64) => &[Metric::UdpUp64],
             Probe::Packets(Direction::Down, _) => &[Metric::UdpDown1200],
@@ -96,8 +107,12 @@ impl Probe {
 
 impl Bed {
     /// Builds a lab, starts the server and the client, and waits until the path carries packets.
-    pub(super) fn start(setup: Setup, on_lab: &mut dyn FnMut(&Lab)) -> Result<Bed, BenchError> {
-        let lab = Lab::build(Topology::Nat)?;
+    pub(super) fn start(
+        topology: Topology,
+        setup: Setup,
+        on_lab: &mut dyn FnMut(&Lab),
+    ) -> Result<Bed, BenchError> {
+        let lab = Lab::build(topology)?;
         on_lab(&lab);
         let mut bed = Bed {
             client: None,
@@ -157,12 +172,21 @@ impl Bed {
             Probe::RoundTrips => self.round_trips(probe, plan),
             Probe::RoundTripsBeside(direction) => {
                 let seconds = u32::try_from(plan.pings / ECHOES_PER_SECOND).unwrap_or(u32::MAX);
-                let load = stream(direction, 1, seconds.saturating_add(LOAD_MARGIN_SECONDS), 0)
+                let seconds = seconds.saturating_add(plan.omitted_seconds + LOAD_MARGIN_SECONDS);
+                let load = stream(direction, 1, plan)
+                    .lasting(seconds)
                     .load(self.host("client"))?;
+                thread::sleep(settling(plan));
                 let samples = self.round_trips(probe, plan);
                 load.wait(UP_LIMIT)?;
                 samples
             }
+            Probe::Requests => {
+                let measuring = Duration::from_secs(plan.seconds.into());
+                let p99 = self.requests(measuring)?;
+                Ok(vec![(Metric::RequestIdleP99, p99)])
+            }
+            Probe::Fairness(direction) => self.fairness(direction, plan),
             Probe::Throughput(direction, streams) => self.throughput(direction, streams, plan),
             Probe::Packets(direction, payload_bytes) => {
                 let rate = udp::packets_per_second(
@@ -239,8 +263,7 @@ impl Bed {
         let probe = Probe::Throughput(direction, streams);
         let tunnel = [family(&self.client), family(&self.server)].concat();
         let before = (usage::processor_time(&tunnel), usage::machine_time());
-        let transfer = stream(direction, streams, plan.seconds, plan.omitted_seconds)
-            .run(self.host("client"))?;
+        let transfer = stream(direction, streams, plan).run(self.host("client"))?;
         let after = (usage::processor_time(&tunnel), usage::machine_time());
         let mut samples: Samples = probe
             .metrics()
@@ -263,6 +286,22 @@ impl Bed {
         Ok(samples)
     }
 
+    /// Many streams, and requests beside them for as long as they count.
+    fn fairness(&self, direction: Direction, plan: &Plan) -> Result<Samples, BenchError> {
+        let load = stream(direction, MANY_STREAMS, plan);
+        let running = load.start(self.host("client"))?;
+        thread::sleep(settling(plan));
+        let p99 = self.requests(Duration::from_secs(plan.seconds.into()))?;
+        let transfer = load.report(running)?;
+        let figures = [requests::jain(&transfer.bits_per_second), p99];
+        let metrics = Probe::Fairness(direction).metrics();
+        Ok(metrics.iter().copied().zip(figures).collect())
+    }
+
+    fn requests(&self, measuring: Duration) -> Result<f64, BenchError> {
+        requests::p99_us(self.host("client"), (self.host("web"), WEB_V4), measuring)
+    }
+
     fn host(&self, name: &str) -> &Host {
         self.lab.host(name)
     }
@@ -276,14 +315,20 @@ impl Bed {
     }
 }
 
-fn stream(direction: Direction, streams: usize, seconds: u32, omitted_seconds: u32) -> Stream {
+fn stream(direction: Direction, streams: usize, plan: &Plan) -> Stream {
     Stream {
         to: (WEB_V4, WEB_IPERF_PORT),
         direction,
         streams,
-        seconds,
-        omitted_seconds,
+        seconds: plan.seconds,
+        omitted_seconds: plan.omitted_seconds,
+        congestion_control: plan.inner,
     }
+}
+
+/// How long a load runs before anything beside it counts.
+fn settling(plan: &Plan) -> Duration {
+    Duration::from_secs(plan.omitted_seconds.into())
 }
 
 fn spawn(

@@ -66,7 +66,7 @@ pub fn round_trips(client: &Host, to: Ipv4Addr, count: usize) -> Result<RoundTri
 }
 
 /// The nearest-rank percentile of sorted times.
-fn percentile(sorted: &[u64], percent: usize) -> f64 {
+pub(super) fn percentile(sorted: &[u64], percent: usize) -> f64 {
     let rank = (sorted.len() * percent).div_ceil(100).max(1);
     sorted.get(rank - 1).copied().unwrap_or_default() as f64
 }

@@ -254,7 +254,7 @@ impl Figures {
             self.machine.cores,
             self.machine.cpu,
             self.machine.kernel,
-            self.machine.inner_congestion_control.to_uppercase(),
+            self.inner_congestion_control().to_uppercase(),
         );
         text += &line([String::new()].into_iter().chain(titles).collect());
         text += &line(
@@ -278,6 +278,15 @@ impl Figures {
         text
     }
 
+    /// What the measured TCP streams use.
+    #[must_use]
+    pub fn inner_congestion_control(&self) -> String {
+        self.plan.inner.map_or_else(
+            || self.machine.inner_congestion_control.clone(),
+            |inner| inner.name().to_owned(),
+        )
+    }
+
     fn ratio(&self, metric: Metric, to: System) -> Option<f64> {
         let ratio = self.run(metric, System::Ringtun)?.median / self.run(metric, to)?.median;
         ratio.is_finite().then(|| (ratio * 1000.0).round() / 1000.0)
@@ -286,10 +295,9 @@ impl Figures {
 
 /// More digits than these are noise.
 fn rounded(metric: Metric, figure: f64) -> f64 {
-    let factor = if metric.unit() == "s/GB" {
-        1000.0
-    } else {
-        10.0
+    let factor = match metric.unit() {
+        "s/GB" | "Jain's index" => 1000.0,
+        _ => 10.0,
     };
     (figure * factor).round() / factor
 }

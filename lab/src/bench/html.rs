@@ -238,6 +238,9 @@ fn explained(group: Group) -> String {
         Group::Rtt => "ICMP echo every 10 ms from the client host to the web host: on an idle path, and beside one TCP stream at full \
             speed. A lost echo counts as one second."
             .to_owned(),
+        Group::Fairness => "Eight TCP streams at once: Jain's index of what each gets, 1 where all get the same. Beside them, one TCP \
+            connection with a request of 64 bytes now and then, from it to its response."
+            .to_owned(),
         Group::Connect => "From the start of the client program, with its server up, to the first echo reply from the web host; one echo \
             request is sent every millisecond."
             .to_owned(),
@@ -252,13 +255,18 @@ fn method(page: &mut String, figures: &Figures) {
     let _ = write!(
         page,
         "<h2 id=\"method\">How it was measured</h2>\n\
-         <p>Hosts are network namespaces, joined by veth: client &ndash; firewall (NAT) &ndash; internet &ndash; server, and web beside the \
-         server. Every system has such a network of its own. All systems are up at the same time, but only one is measured at any \
+         <p>Hosts are network namespaces, joined by veth: client &ndash; firewall &ndash; internet &ndash; server, and web beside the \
+         server. The topology is \"{}\". Every system has such a network of its own. All systems are up at the same time, but only one is measured at any \
          moment, and they take turns at every figure: A B C A B C. Every round begins with new networks and with another system. All of \
          it, iperf3 at both ends included, shares the processors of this one machine.</p>\n\
          <dl><dt>rounds</dt><dd>{}</dd><dt>each rate</dt><dd>{} s, after {} s of a TCP stream that do not count</dd>\
          <dt>each round trip</dt><dd>{} echoes</dd><dt>each connection time</dt><dd>{} starts</dd></dl>\n",
-        plan.rounds, plan.seconds, plan.omitted_seconds, plan.pings, plan.connects
+        plan.topology.name(),
+        plan.rounds,
+        plan.seconds,
+        plan.omitted_seconds,
+        plan.pings,
+        plan.connects
     );
 }
 
@@ -281,7 +289,7 @@ fn machine(page: &mut String, figures: &Figures) {
     line("kernel", &format!("Linux {}", machine.kernel));
     line(
         "congestion control at the ends",
-        &machine.inner_congestion_control,
+        &figures.inner_congestion_control(),
     );
     line("iperf3", &machine.iperf3);
     line(

@@ -37,6 +37,8 @@ pub enum Group {
     Udp,
     /// Round-trip times, idle and beside a TCP stream
     Rtt,
+    /// Eight TCP streams and a flow of requests and responses beside them
+    Fairness,
     /// Time from the start of the client to the first echo reply
     Connect,
     /// Resident memory of both sides
@@ -45,13 +47,17 @@ pub enum Group {
 
 impl Group {
     /// All groups, in the order of the report.
-    pub const ALL: [Group; 5] = [
+    pub const ALL: [Group; 6] = [
         Group::Tcp,
         Group::Udp,
         Group::Rtt,
+        Group::Fairness,
         Group::Connect,
         Group::Memory,
     ];
+
+    /// What is measured on a wire unless something else is asked for, in this order.
+    pub const FAR: [Group; 3] = [Group::Tcp, Group::Rtt, Group::Fairness];
 
     /// The heading of its section.
     #[must_use]
@@ -60,6 +66,7 @@ impl Group {
             Group::Tcp => "Throughput and processor time",
             Group::Udp => "Packets per second",
             Group::Rtt => "Latency",
+            Group::Fairness => "Fairness",
             Group::Connect => "Connecting",
             Group::Memory => "Memory",
         }
@@ -120,6 +127,19 @@ pub enum Metric {
     /// Its 99th percentile.
     #[serde(rename = "rtt_up_us_p99")]
     RttUpP99,
+    /// Jain's index of what each of eight TCP streams from `web` gets: 1 when all get the same, 1/8 when one gets all.
+    FairDown,
+    /// Jain's index of what each of eight TCP streams to `web` gets.
+    FairUp,
+    /// The 99th percentile from a request of 64 bytes to its response on an idle path, over one TCP connection.
+    #[serde(rename = "request_idle_us_p99")]
+    RequestIdleP99,
+    /// The same beside eight TCP streams from `web`.
+    #[serde(rename = "request_down_us_p99")]
+    RequestDownP99,
+    /// The same beside eight TCP streams to `web`.
+    #[serde(rename = "request_up_us_p99")]
+    RequestUpP99,
     /// From the start of the client to the first echo reply through the tunnel.
     ConnectMs,
     /// Resident memory of the client's processes before any load.
@@ -134,7 +154,7 @@ pub enum Metric {
 
 impl Metric {
     /// All metrics, in the order of the report.
-    pub const ALL: [Metric; 23] = [
+    pub const ALL: [Metric; 28] = [
         Metric::TcpDown1,
         Metric::TcpUp1,
         Metric::TcpDown4,
@@ -153,6 +173,11 @@ impl Metric {
         Metric::RttDownP99,
         Metric::RttUpP50,
         Metric::RttUpP99,
+        Metric::FairDown,
+        Metric::FairUp,
+        Metric::RequestIdleP99,
+        Metric::RequestDownP99,
+        Metric::RequestUpP99,
         Metric::ConnectMs,
         Metric::RssClientIdle,
         Metric::RssServerIdle,
@@ -181,6 +206,11 @@ impl Metric {
             | Metric::RttDownP99
             | Metric::RttUpP50
             | Metric::RttUpP99 => Group::Rtt,
+            Metric::FairDown
+            | Metric::FairUp
+            | Metric::RequestIdleP99
+            | Metric::RequestDownP99
+            | Metric::RequestUpP99 => Group::Fairness,
             Metric::ConnectMs => Group::Connect,
             Metric::RssClientIdle
             | Metric::RssServerIdle
@@ -206,7 +236,11 @@ impl Metric {
             | Metric::RttDownP50
             | Metric::RttDownP99
             | Metric::RttUpP50
-            | Metric::RttUpP99 => "us",
+            | Metric::RttUpP99
+            | Metric::RequestIdleP99
+            | Metric::RequestDownP99
+            | Metric::RequestUpP99 => "us",
+            Metric::FairDown | Metric::FairUp => "Jain's index",
             Metric::ConnectMs => "ms",
             Metric::RssClientIdle
             | Metric::RssServerIdle
@@ -237,6 +271,11 @@ impl Metric {
             Metric::RttDownP99 => "round trip beside TCP down, p99",
             Metric::RttUpP50 => "round trip beside TCP up, median",
             Metric::RttUpP99 => "round trip beside TCP up, p99",
+            Metric::FairDown => "fairness, 8 TCP streams down",
+            Metric::FairUp => "fairness, 8 TCP streams up",
+            Metric::RequestIdleP99 => "request and response, idle, p99",
+            Metric::RequestDownP99 => "request beside 8 streams down, p99",
+            Metric::RequestUpP99 => "request beside 8 streams up, p99",
             Metric::ConnectMs => "start to first reply",
             Metric::RssClientIdle => "memory of the client, idle",
             Metric::RssServerIdle => "memory of the server, idle",
@@ -256,15 +295,18 @@ impl Metric {
     /// Whether more is better.
     #[must_use]
     pub fn more_is_better(self) -> bool {
-        matches!(self.group(), Group::Udp) || self.unit() == "Mbit/s"
+        matches!(self.group(), Group::Udp) || matches!(self.unit(), "Mbit/s" | "Jain's index")
     }
 
     /// A figure for people, without its unit.
     #[must_use]
     pub fn text(self, figure: f64) -> String {
         match self.unit() {
+            // On a slow path, half a megabit is something.
+            "Mbit/s" if figure < 100.0 => format!("{figure:.1}"),
             "Mbit/s" | "packets/s" | "us" => thousands(figure),
             "s/GB" => format!("{figure:.2}"),
+            "Jain's index" => format!("{figure:.3}"),
             _ if figure < 100.0 => format!("{figure:.1}"),
             _ => thousands(figure),
         }
@@ -309,7 +351,7 @@ mod tests {
     fn every_metric_has_a_name_of_its_own() {
         let keys: BTreeSet<_> = Metric::ALL.into_iter().map(Metric::key).collect();
         let titles: BTreeSet<_> = Metric::ALL.into_iter().map(Metric::title).collect();
-        assert_eq!((keys.len(), titles.len()), (23, 23));
+        assert_eq!((keys.len(), titles.len()), (28, 28));
         assert!(keys.contains("tcp_down_1") && keys.contains("rtt_idle_us_p50"));
         assert!(keys.contains("cpu_tunnel_down") && keys.contains("udp_up_64"));
     }

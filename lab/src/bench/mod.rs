@@ -9,7 +9,7 @@
 //! | `metric.rs` | what is measured |
 //! | `system.rs`, `openvpn.rs`, `openconnect.rs`, `certificate.rs` | what is compared, as values |
 //! | `bed.rs` | a system in its lab, and the measurements on it |
-//! | `tcp.rs`, `udp.rs`, `echo.rs`, `usage.rs` | how they are made |
+//! | `tcp.rs`, `udp.rs`, `echo.rs`, `requests.rs`, `usage.rs` | how they are made |
 //! | `options.rs`, `machine.rs` | what is asked for, where and when |
 //! | `figures.rs` | medians and ratios, JSON, the terminal's table |
 //! | `svg.rs`, `html.rs` | plots and the report |
@@ -25,7 +25,7 @@ use serde::Serialize;
 
 use crate::netns::NamespaceError;
 use crate::process::ProcessError;
-use crate::topology::{Lab, LabError};
+use crate::topology::{Lab, LabError, Topology};
 
 mod bed;
 mod certificate;
@@ -37,6 +37,7 @@ pub mod metric;
 mod openconnect;
 mod openvpn;
 pub mod options;
+mod requests;
 pub mod svg;
 pub mod system;
 pub mod tcp;
@@ -46,7 +47,7 @@ pub(crate) mod usage;
 pub use figures::Figures;
 pub use metric::{Direction, Group, Metric};
 pub use system::System;
-pub use tcp::Stream;
+pub use tcp::{CongestionControl, Stream};
 
 use bed::{Bed, Probe, Samples};
 use figures::{AllSamples, Entry, Outcome};
@@ -85,6 +86,10 @@ pub enum BenchError {
 /// What to measure, how long and how often.
 #[derive(Clone, Debug, Serialize)]
 pub struct Plan {
+    /// What lies between firewall and internet.
+    pub topology: Topology,
+    /// The congestion control of the measured TCP streams; `None`: the system's.
+    pub inner: Option<CongestionControl>,
     /// What is compared.
     pub systems: Vec<System>,
     /// What is measured.
@@ -93,7 +98,7 @@ pub struct Plan {
     pub rounds: usize,
     /// How long each throughput or packet rate is measured.
     pub seconds: u32,
-    /// How many seconds of a TCP stream are not counted before that.
+    /// How many seconds of a TCP stream are not counted before that. What is measured beside a stream waits as long.
     pub omitted_seconds: u32,
     /// How many echo requests make a median and a 99th percentile.
     pub pings: usize,
@@ -104,6 +109,8 @@ pub struct Plan {
 impl Plan {
     /// Under a minute for a system.
     pub const QUICK: Plan = Plan {
+        topology: Topology::Nat,
+        inner: None,
         systems: Vec::new(),
         metrics: Vec::new(),
         rounds: 3,
@@ -114,6 +121,8 @@ impl Plan {
     };
     /// About six minutes for a system.
     pub const FULL: Plan = Plan {
+        topology: Topology::Nat,
+        inner: None,
         systems: Vec::new(),
         metrics: Vec::new(),
         rounds: 5,
@@ -122,6 +131,25 @@ impl Plan {
         pings: 1000,
         connects: 5,
     };
+
+    /// What it takes on a wire: TCP needs some round trips until it has found the path's rate, and most machines use
+    /// CUBIC. The settling time is for a path of 40 ms.
+    #[must_use]
+    pub fn on_wire(self, topology: Topology) -> Plan {
+        let is_quick = self.rounds == Plan::QUICK.rounds;
+        Plan {
+            topology,
+            inner: Some(CongestionControl::Cubic),
+            rounds: if is_quick { 1 } else { 3 },
+            seconds: if is_quick { 8 } else { 15 },
+            omitted_seconds: match topology {
+                Topology::LongFat => 10,
+                _ => 5,
+            },
+            pings: if is_quick { 500 } else { 1000 },
+            ..self
+        }
+    }
 
     fn probes(&self, system: System) -> impl Iterator<Item = Probe> {
         Probe::ALL.into_iter().filter(move |probe| {
@@ -166,7 +194,7 @@ pub fn run(
         }
         let mut beds: BTreeMap<System, Bed> = BTreeMap::new();
         for system in &systems {
-            match Bed::start(course.setup(*system), &mut on_lab) {
+            match Bed::start(plan.topology, course.setup(*system), &mut on_lab) {
                 Ok(bed) => {
                     course.note_congestion_control(*system, &bed);
                     beds.insert(*system, bed);

@@ -69,7 +69,7 @@ impl Plot {
     }
 
     /// One for every metric, in the order of the report.
-    pub const ALL: [Plot; 18] = [
+    pub const ALL: [Plot; 23] = [
         Plot::of("TCP down, 1 stream", Metric::TcpDown1),
         Plot::of("TCP up, 1 stream", Metric::TcpUp1),
         Plot::of("TCP down, 4 streams", Metric::TcpDown4),
@@ -103,6 +103,14 @@ impl Plot {
             Metric::RttUpP99,
             "p99",
         ),
+        Plot::of("Fairness of 8 TCP streams down", Metric::FairDown),
+        Plot::of("Fairness of 8 TCP streams up", Metric::FairUp),
+        Plot::of("Request and response, idle, p99", Metric::RequestIdleP99),
+        Plot::of(
+            "Request beside 8 TCP streams down, p99",
+            Metric::RequestDownP99,
+        ),
+        Plot::of("Request beside 8 TCP streams up, p99", Metric::RequestUpP99),
         Plot::of("Start of the client to first reply", Metric::ConnectMs),
         Plot::up_to(
             "Memory of the client",

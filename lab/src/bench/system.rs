@@ -15,6 +15,8 @@ use crate::topology::{CLIENT_V4, SERVER_V4};
 
 /// Where configurations and keys are, on hosts whose `/run` is their own.
 pub(super) const DIRECTORY: &str = "/run/bench";
+/// ringtun's, where it has one.
+const CONFIGURATION: &str = "ringtun.toml";
 /// The variable by which `ringtun client` takes its invite.
 const INVITE: &str = "RINGTUN_INVITE";
 
@@ -30,6 +32,10 @@ pub enum System {
     Ringtun,
     /// ringtun with what every kernel from 5.10 has and no more
     RingtunBaseline,
+    /// ringtun with BBR for its own connection, whatever the system's congestion control is
+    RingtunBbr,
+    /// ringtun with CUBIC for its own connection
+    RingtunCubic,
     /// OpenVPN over TCP 443 with Debian's default settings
     Openvpn,
     /// OpenVPN over TCP 443, tuned
@@ -102,13 +108,33 @@ pub struct Skipped(pub String);
 
 impl System {
     /// All systems, in the order of the report.
-    pub const ALL: [System; 6] = [
+    pub const ALL: [System; 8] = [
+        System::Direct,
+        System::Ringtun,
+        System::RingtunBaseline,
+        System::RingtunBbr,
+        System::RingtunCubic,
+        System::Openvpn,
+        System::OpenvpnTuned,
+        System::Openconnect,
+    ];
+
+    /// What is compared unless something else is asked for, on a plain link.
+    pub const USUAL: [System; 6] = [
         System::Direct,
         System::Ringtun,
         System::RingtunBaseline,
         System::Openvpn,
         System::OpenvpnTuned,
         System::Openconnect,
+    ];
+
+    /// What is compared unless something else is asked for, on a wire.
+    pub const FAR: [System; 4] = [
+        System::Direct,
+        System::Ringtun,
+        System::RingtunCubic,
+        System::OpenvpnTuned,
     ];
 
     /// Its name in the JSON and on the command line.
@@ -118,6 +144,8 @@ impl System {
             System::Direct => "direct",
             System::Ringtun => "ringtun",
             System::RingtunBaseline => "ringtun-baseline",
+            System::RingtunBbr => "ringtun-bbr",
+            System::RingtunCubic => "ringtun-cubic",
             System::Openvpn => "openvpn",
             System::OpenvpnTuned => "openvpn-tuned",
             System::Openconnect => "openconnect",
@@ -131,6 +159,8 @@ impl System {
             System::Direct => "no tunnel",
             System::Ringtun => "ringtun",
             System::RingtunBaseline => "ringtun, baseline",
+            System::RingtunBbr => "ringtun, BBR",
+            System::RingtunCubic => "ringtun, CUBIC",
             System::Openvpn => "OpenVPN, default",
             System::OpenvpnTuned => "OpenVPN, tuned",
             System::Openconnect => "OpenConnect/ocserv",
@@ -146,6 +176,8 @@ impl System {
             System::Direct => Ok(direct()),
             System::Ringtun => ringtun_setup(ringtun, &[]),
             System::RingtunBaseline => ringtun_setup(ringtun, &["--io", "baseline"]),
+            System::RingtunBbr => ringtun_with(ringtun, "congestion_control = \"bbr\"\n"),
+            System::RingtunCubic => ringtun_with(ringtun, "congestion_control = \"cubic\"\n"),
             System::Openvpn => openvpn::setup(&openvpn::DEFAULT),
             System::OpenvpnTuned => openvpn::setup(&openvpn::TUNED),
             System::Openconnect => openconnect::setup(),
@@ -281,6 +313,18 @@ fn ringtun_setup(ringtun: &Path, options: &[&str]) -> Result<Setup, Skipped> {
             ready: CLIENT_IS_UP,
         }),
         ..Setup::default()
+    })
+}
+
+/// ringtun with a configuration, the same on both sides.
+fn ringtun_with(ringtun: &Path, configuration: &str) -> Result<Setup, Skipped> {
+    let path = format!("{DIRECTORY}/{CONFIGURATION}");
+    let setup = ringtun_setup(ringtun, &["-c", &path])?;
+    Ok(Setup {
+        files: ["server", "client"]
+            .map(|host| File::shown(host, CONFIGURATION, configuration.to_owned()))
+            .to_vec(),
+        ..setup
     })
 }
 

@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::BenchError;
@@ -30,6 +31,32 @@ pub struct Stream {
     pub seconds: u32,
     /// How many seconds before that are not counted.
     pub omitted_seconds: u32,
+    /// The sender's congestion control; `None`: the system's.
+    pub congestion_control: Option<CongestionControl>,
+}
+
+/// A congestion control that every kernel may have. It takes privileges to choose one that is not allowed to all.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum CongestionControl {
+    /// By the bottleneck's bandwidth and the round-trip time
+    Bbr,
+    /// By losses; the default of most machines
+    Cubic,
+    /// By losses, as of old
+    Reno,
+}
+
+impl CongestionControl {
+    /// The kernel's name for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            CongestionControl::Bbr => "bbr",
+            CongestionControl::Cubic => "cubic",
+            CongestionControl::Reno => "reno",
+        }
+    }
 }
 
 /// What iperf3 saw.
@@ -39,6 +66,8 @@ pub struct Transfer {
     pub megabits_per_second: f64,
     /// All payload of the run, the omitted seconds included.
     pub bytes: f64,
+    /// What the receiver got from each connection, in bit/s.
+    pub bits_per_second: Vec<f64>,
     /// The congestion control of the sending end.
     pub congestion_control: String,
 }
@@ -49,14 +78,46 @@ impl Stream {
     /// # Errors
     /// When iperf3 fails.
     pub fn run(self, client: &Host) -> Result<Transfer, BenchError> {
+        self.report(self.start(client)?)
+    }
+
+    /// Starts it on `client`, for [`Stream::report`].
+    ///
+    /// # Errors
+    /// When iperf3 does not start.
+    pub fn start(self, client: &Host) -> Result<Process, BenchError> {
+        let iperf3 = client.command("iperf3").arg("--json");
+        Ok(iperf3.args(self.arguments()).spawn()?)
+    }
+
+    /// Waits for the end of what was started.
+    ///
+    /// # Errors
+    /// When iperf3 fails, or did not use the congestion control that it should.
+    pub fn report(self, iperf3: Process) -> Result<Transfer, BenchError> {
         let measuring = Duration::from_secs(u64::from(self.seconds + self.omitted_seconds));
-        let report = client
-            .command("iperf3")
-            .arg("--json")
-            .args(self.arguments())
-            .limit(measuring + OVERHEAD)
-            .run()?;
-        transfer(&report.text()).map_err(BenchError::NoRate)
+        let report = iperf3.output(measuring + OVERHEAD)?;
+        let transfer = transfer(&report.text()).map_err(BenchError::NoRate)?;
+        match self.congestion_control {
+            Some(wanted) if wanted.name() != transfer.congestion_control => {
+                Err(BenchError::NoRate(format!(
+                    "the sender used {}, not {}",
+                    transfer.congestion_control,
+                    wanted.name()
+                )))
+            }
+            _ => Ok(transfer),
+        }
+    }
+
+    /// The same for so many seconds, all of which count.
+    #[must_use]
+    pub fn lasting(self, seconds: u32) -> Stream {
+        Stream {
+            seconds,
+            omitted_seconds: 0,
+            ..self
+        }
     }
 
     /// Starts it on `client` as a load for other measurements, and returns once it flows.
@@ -91,6 +152,9 @@ impl Stream {
         ]
         .map(str::to_owned)
         .to_vec();
+        if let Some(wanted) = self.congestion_control {
+            arguments.extend(["--congestion", wanted.name()].map(str::to_owned));
+        }
         if self.direction == Direction::Down {
             arguments.push("--reverse".to_owned());
         }
@@ -109,12 +173,16 @@ fn transfer(report: &str) -> Result<Transfer, String> {
                 .as_str()
                 .map_or_else(complaint, str::to_owned)
         })?;
+    let streams = report["end"]["streams"].as_array().into_iter().flatten();
     let intervals = report["intervals"].as_array().into_iter().flatten();
     Ok(Transfer {
         megabits_per_second: bits_per_second / 1e6,
         bytes: intervals
             .filter_map(|interval| number(interval, "/sum/bytes"))
             .sum(),
+        bits_per_second: streams
+            .filter_map(|stream| number(stream, "/receiver/bits_per_second"))
+            .collect(),
         congestion_control: report["end"]["sender_tcp_congestion"]
             .as_str()
             .unwrap_or("unknown")
@@ -133,12 +201,14 @@ mod tests {
             "end": {
                 "sum_sent": {"bits_per_second": 9e9},
                 "sum_received": {"bits_per_second": 8e9},
+                "streams": [{"sender": {"bits_per_second": 9e9}, "receiver": {"bits_per_second": 8e9}}],
                 "sender_tcp_congestion": "bbr"
             }
         }"#;
         let expected = Transfer {
             megabits_per_second: 8000.0,
             bytes: 1.5e9,
+            bits_per_second: vec![8e9],
             congestion_control: "bbr".to_owned(),
         };
         assert_eq!(transfer(report), Ok(expected));

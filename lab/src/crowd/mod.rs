@@ -456,6 +456,7 @@ impl Watcher<'_> {
             streams: 1,
             seconds: self.plan.bulk_seconds,
             omitted_seconds: 1,
+            congestion_control: None,
         };
         let family = usage::family(server.pid());
         let busy = usage::processor_time(&family);

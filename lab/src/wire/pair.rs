@@ -85,6 +85,7 @@ impl Pair {
             streams: 1,
             seconds,
             omitted_seconds: 1,
+            congestion_control: None,
         };
         stream.run(&self.near)
     }
