@@ -89,6 +89,9 @@ pub enum IoMode {
     Baseline,
 }
 
+/// `TCP_CA_NAME_MAX` of `include/net/tcp.h`, less the zero at the end.
+const CONGESTION_CONTROL_BYTES_MAX: usize = 15;
+
 /// Which cipher protects connections. All but `auto` is meant for comparisons.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -102,6 +105,62 @@ pub enum Cipher {
     /// ChaCha20-Poly1305, likewise.
     #[serde(rename = "chacha20-poly1305")]
     Chacha20Poly1305,
+}
+
+/// Congestion control of the outer connections.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum CongestionControl {
+    /// By the length of the path: BBR where the kernel has it, but CUBIC within a host or a rack.
+    #[default]
+    Auto,
+    /// One of the kernel's by name, from the first byte to the last.
+    Named(String),
+}
+
+impl CongestionControl {
+    const AUTO: &str = "auto";
+
+    /// The kernel's name of the one that was asked for; `None` for `auto`.
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Self::Auto => None,
+            Self::Named(name) => Some(name),
+        }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let Some(name) = self.name() else {
+            return Ok(());
+        };
+        let is_name = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+        if name.is_empty()
+            || name.len() > CONGESTION_CONTROL_BYTES_MAX
+            || !name.bytes().all(is_name)
+        {
+            return invalid(
+                "congestion_control",
+                "must be \"auto\" or one of `sysctl net.ipv4.tcp_available_congestion_control`",
+            );
+        }
+        Ok(())
+    }
+}
+
+impl From<String> for CongestionControl {
+    fn from(name: String) -> Self {
+        if name == Self::AUTO {
+            Self::Auto
+        } else {
+            Self::Named(name)
+        }
+    }
+}
+
+impl From<CongestionControl> for String {
+    fn from(control: CongestionControl) -> Self {
+        control.name().unwrap_or(CongestionControl::AUTO).to_owned()
+    }
 }
 
 /// How many strangers a server has to do with at a time.
@@ -164,6 +223,8 @@ pub struct ServerConfig {
     pub offload: bool,
     /// Which cipher protects connections.
     pub cipher: Cipher,
+    /// Congestion control of the outer connections.
+    pub congestion_control: CongestionControl,
     /// A certificate chain (PEM) to use in place of the generated one. Needs `private_key`.
     pub certificate: Option<PathBuf>,
     /// The certificate's private key (PEM).
@@ -193,6 +254,7 @@ impl Default for ServerConfig {
             io: IoMode::default(),
             offload: true,
             cipher: Cipher::default(),
+            congestion_control: CongestionControl::default(),
             certificate: None,
             private_key: None,
             client_to_client: false,
@@ -227,6 +289,7 @@ impl ServerConfig {
         }
         validate_interface(&self.interface)?;
         validate_mtu(self.mtu)?;
+        self.congestion_control.validate()?;
         if self.pool_v4.prefix_len() > POOL_V4_PREFIX_MAX {
             return invalid(
                 "pool_v4",
@@ -307,6 +370,8 @@ pub struct ClientConfig {
     pub offload: bool,
     /// Which cipher protects connections.
     pub cipher: Cipher,
+    /// Congestion control of the outer connections.
+    pub congestion_control: CongestionControl,
     /// How traffic gets into the tunnel.
     pub routing: Routing,
     /// Nameservers to use while the tunnel is up; unset: the server's; empty: leave the resolver alone.
@@ -324,6 +389,7 @@ impl Default for ClientConfig {
             io: IoMode::default(),
             offload: true,
             cipher: Cipher::default(),
+            congestion_control: CongestionControl::default(),
             routing: Routing::default(),
             dns: None,
         }
@@ -341,6 +407,7 @@ impl std::fmt::Debug for ClientConfig {
             .field("io", &self.io)
             .field("offload", &self.offload)
             .field("cipher", &self.cipher)
+            .field("congestion_control", &self.congestion_control)
             .field("routing", &self.routing)
             .field("dns", &self.dns)
             .finish()
@@ -363,6 +430,7 @@ impl ClientConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         validate_interface(&self.interface)?;
         validate_mtu(self.mtu)?;
+        self.congestion_control.validate()?;
         if self.connections == 0 || self.connections > CONNECTIONS_MAX {
             return invalid("connections", format!("must be 1 to {CONNECTIONS_MAX}"));
         }
@@ -527,6 +595,7 @@ mod tests {
             io = "baseline"
             offload = false
             cipher = "aes-128-gcm"
+            congestion_control = "auto"
             certificate = "/c.pem"
             private_key = "/k.pem"
             client_to_client = true
@@ -546,6 +615,7 @@ mod tests {
         assert_eq!(config.io, IoMode::Baseline);
         assert!(!config.offload);
         assert_eq!(config.cipher, Cipher::Aes128Gcm);
+        assert_eq!(config.congestion_control, CongestionControl::Auto);
         assert_eq!(config.site_authority().as_deref(), Some("127.0.0.1:8080"));
         assert!(config.client_to_client);
         assert_eq!(config.limits.visitors, 2000);
@@ -564,6 +634,7 @@ mod tests {
             io = "auto"
             offload = false
             cipher = "chacha20-poly1305"
+            congestion_control = "dctcp"
             routing = "split-default"
             dns = []
             "#,
@@ -574,6 +645,7 @@ mod tests {
         assert_eq!(config.io, IoMode::Auto);
         assert!(!config.offload);
         assert_eq!(config.cipher, Cipher::Chacha20Poly1305);
+        assert_eq!(config.congestion_control.name(), Some("dctcp"));
         assert_eq!(config.dns, Some(vec![]));
         assert!(!format!("{config:?}").contains("ringtun://x"));
     }
@@ -598,6 +670,12 @@ mod tests {
             ("interface = \"a/b\"", "interface"),
             ("interface = \"lo\"", "interface"),
             ("mtu = 1279", "mtu"),
+            ("congestion_control = \"\"", "congestion_control"),
+            ("congestion_control = \"BBR\"", "congestion_control"),
+            (
+                "congestion_control = \"sixteen_letters_\"",
+                "congestion_control",
+            ),
             ("pool_v4 = \"10.0.0.0/30\"", "pool_v4"),
             ("pool_v4 = \"10.0.0.1/24\"", "pool_v4"),
             ("pool_v6 = \"fd00::/121\"", "pool_v6"),

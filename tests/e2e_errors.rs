@@ -182,6 +182,20 @@ fn there_is_no_invite(lab: Lab) {
 }
 
 #[rstest]
+#[case::server("server", "server")]
+#[case::client("client", "client")]
+fn the_congestion_control_is_none_of_the_kernels(lab: Lab, #[case] host: &str, #[case] role: &str) {
+    let host = lab.host(host);
+    let file = "/run/wrong.toml";
+    host.write_file(file, "congestion_control = \"nosuch\"\n")
+        .expect("written");
+    let invite = "ringtun://BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc@198.51.100.10";
+    let mut arguments = vec![role, "-c", file];
+    arguments.extend((role == "client").then_some(invite));
+    assert_refused(host, &arguments, USAGE, &["nosuch", "congestion_control"]);
+}
+
+#[rstest]
 fn the_pin_is_wrong(lab: Lab) {
     let server = start_server(&lab, &[]);
     let invite = invite(&lab, "alice");

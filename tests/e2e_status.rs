@@ -58,7 +58,8 @@ fn assert_sound(status: &Value, role: &str, keeper: i32, daemon: i32) {
         );
         assert!(silence.as_f64() <= age.as_f64(), "{silence} {age}");
         let control = connection["tcp"]["congestion_control"].as_str();
-        assert!(control.is_some_and(|name| !name.is_empty()));
+        // A short path; but a busy machine may make a long one of it.
+        assert!(matches!(control, Some("cubic" | "bbr")), "{control:?}");
     }
 }
 

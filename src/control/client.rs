@@ -23,7 +23,7 @@ use super::reconnect::Reconnect;
 use super::runtime::spawn;
 use super::status::{self, Questions, Subject, connection};
 use super::{Ending, Rings, chain, ended, network};
-use crate::config::{Cipher, ClientConfig};
+use crate::config::{Cipher, ClientConfig, CongestionControl};
 use crate::invite::{Host, Invite};
 use crate::keeper::request::{ClientSetup, Notice};
 use crate::keeper::{Link, Notices, SetupFds};
@@ -414,6 +414,7 @@ impl Client {
             inner_sources: InnerSources::Any,
             offload: opened.offload,
             accepts: self.accepts,
+            follows_path: self.config.congestion_control == CongestionControl::Auto,
         });
         let former = self.places[usize::from(ordinal)]
             .current

@@ -17,6 +17,7 @@ use super::status::{self, Subject};
 use super::tunnels::{Offer, Tunnels};
 use super::visitor::{self, House};
 use super::{Ending, Rings};
+use crate::config::CongestionControl;
 use crate::keeper::request::{Notice, ServerSetup};
 use crate::keeper::{Link, Notices, SetupFds};
 use crate::proto::address_pool::{AddressPool, Lease};
@@ -131,7 +132,13 @@ fn open(
             accepts,
         },
         link,
-        tunnels: RefCell::new(Tunnels::new(workers, accepts, pool, setup.peers.clone())),
+        tunnels: RefCell::new(Tunnels::new(
+            workers,
+            accepts,
+            setup.config.congestion_control == CongestionControl::Auto,
+            pool,
+            setup.peers.clone(),
+        )),
     })
 }
 

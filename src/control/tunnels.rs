@@ -80,6 +80,8 @@ pub struct Tunnels {
     /// None once they have been stopped; then there are no peers either.
     workers: Option<Workers>,
     accepts: Offloads,
+    /// Whether connections' congestion control is chosen by the length of the path.
+    follows_path: bool,
     pool: AddressPool,
     peers: Vec<Peer>,
     sessions: Sessions,
@@ -87,10 +89,17 @@ pub struct Tunnels {
 
 impl Tunnels {
     /// None yet.
-    pub fn new(workers: Workers, accepts: Offloads, pool: AddressPool, peers: Vec<Peer>) -> Self {
+    pub fn new(
+        workers: Workers,
+        accepts: Offloads,
+        follows_path: bool,
+        pool: AddressPool,
+        peers: Vec<Peer>,
+    ) -> Self {
         Tunnels {
             workers: Some(workers),
             accepts,
+            follows_path,
             pool,
             peers,
             sessions: Sessions::new(),
@@ -144,6 +153,7 @@ impl Tunnels {
             return;
         }
         let accepts = self.accepts;
+        let follows_path = self.follows_path;
         let connection = self.workers().allocate();
         let arrived = self.sessions.arrive(Arrival {
             peer,
@@ -172,6 +182,7 @@ impl Tunnels {
             ]),
             offload: tunnel.offload,
             accepts,
+            follows_path,
         });
         for (connection, reason) in closed {
             self.workers().close(connection, Some(reason));

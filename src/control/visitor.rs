@@ -357,6 +357,7 @@ mod tests {
             tunnels: RefCell::new(Tunnels::new(
                 workers,
                 Offloads::NONE,
+                false,
                 pool.expect("pool"),
                 vec![peer],
             )),

@@ -47,10 +47,8 @@ pub struct Findings {
     pub open_files_max: u64,
     /// The tunnel's interface.
     pub tun: Result<TunFound, TunTrouble>,
-    /// The outer connections' congestion control by default.
-    pub congestion: Option<String>,
-    /// What it could be.
-    pub congestions_available: Vec<String>,
+    /// Whether outer connections can have BBR.
+    pub has_bbr: bool,
     /// The clock.
     pub clock: Clock,
     /// Whether run state cannot be kept.

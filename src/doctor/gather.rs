@@ -18,13 +18,14 @@ use super::findings::{
     RingTrouble, ServerFound, SettingFound, StateFound, Trouble, TunFound, TunTrouble, Uplinks,
 };
 use super::ports;
-use crate::config::{ClientConfig, ServerConfig};
+use crate::config::{ClientConfig, CongestionControl, ServerConfig};
 use crate::control::{self, RehearsalError};
 use crate::keeper::firewall::{self, Traffic};
 use crate::keeper::plan::{self, Host, ServerNetwork, Step, Tunnel};
 use crate::keeper::state::StateDir;
 use crate::keeper::{apply, cores, server, undo};
 use crate::proto::offload::Offloads;
+use crate::sys::congestion;
 use crate::sys::dns::{self, Saved};
 use crate::sys::nft::{self, NftError};
 use crate::sys::route::Netlink;
@@ -85,10 +86,7 @@ pub fn gather(server: Option<&ServerConfig>, client: Option<&ClientConfig>) -> F
         survey: survey().ok(),
         open_files_max: getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft),
         tun,
-        congestion: read_setting("net/ipv4/tcp_congestion_control"),
-        congestions_available: read_setting("net/ipv4/tcp_available_congestion_control")
-            .map(|names| names.split_whitespace().map(str::to_owned).collect())
-            .unwrap_or_default(),
+        has_bbr: congestion::has_bbr(),
         clock: Clock {
             unix_seconds: SystemTime::now()
                 .duration_since(SystemTime::UNIX_EPOCH)
@@ -293,7 +291,7 @@ fn ports(addresses: &[SocketAddr], interface: &str) -> Vec<(SocketAddr, PortFoun
         .map(|claim| claim.keeper);
     let mut opened = Vec::new();
     let found = addresses.iter().map(|address| {
-        let found = match socket::listen(*address) {
+        let found = match socket::listen(*address, &CongestionControl::Auto) {
             Ok(listener) => {
                 opened.push(listener);
                 PortFound::Free

@@ -17,8 +17,6 @@ use crate::worker::Rehearsal;
 const EARLIEST_UNIX_SECONDS: u64 = 1_793_491_200;
 /// Open files that a daemon should be able to have: two for each of a few hundred connections.
 const OPEN_FILES_WANTED: u64 = 1024;
-/// Congestion control that keeps the outer connection's queue short.
-const BBR: &str = "bbr";
 
 const BOTH: &[Role] = &Role::ALL;
 const SERVER: &[Role] = &[Role::Server];
@@ -294,25 +292,12 @@ fn run_directory(trouble: Option<&Trouble>) -> Check {
 
 fn congestion(findings: &Findings) -> Check {
     const NAME: &str = "congestion-control";
-    let Some(current) = &findings.congestion else {
-        return not_applicable(NAME, BOTH, "the kernel does not tell");
-    };
-    if current == BBR {
-        return check(NAME, BOTH, Level::Ok, BBR);
+    if findings.has_bbr {
+        return check(NAME, BOTH, Level::Ok, "BBR can be had");
     }
-    let is_available = findings
-        .congestions_available
-        .iter()
-        .any(|name| name == BBR);
-    let set = "sysctl -w net.ipv4.tcp_congestion_control=bbr";
-    let fix = if is_available {
-        set.to_owned()
-    } else {
-        format!("modprobe tcp_bbr && {set}")
-    };
-    let found =
-        format!("{current}; BBR holds up better where packets are lost and queues are deep");
-    check(NAME, BOTH, Level::Degraded, found).fix(fix)
+    let found = "no BBR, which holds up better where packets are lost and queues are deep";
+    check(NAME, BOTH, Level::Degraded, found)
+        .fix("install the package with the module tcp_bbr, then `modprobe tcp_bbr`")
 }
 
 fn clock(clock: Clock) -> Check {

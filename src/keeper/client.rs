@@ -10,10 +10,10 @@ use super::plan::{self, Host, Tunnel};
 use super::request::{ClientSetup, Notice, Reply, Request, Setup, TunnelSettings};
 use super::undo::line;
 use super::{KeeperError, begin, cores, finish, make_interface};
-use crate::config::ClientConfig;
+use crate::config::{ClientConfig, CongestionControl};
 use crate::invite::Invite;
 use crate::sys::route::{self, OwnRoute};
-use crate::sys::socket;
+use crate::sys::{congestion, socket};
 
 /// Outer server addresses that may have an exception route at the same time.
 const EXCEPTIONS_MAX: usize = 16;
@@ -28,6 +28,7 @@ pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperErro
     let control = changes.record().control_socket()?;
     let origin = changes.record().origin();
     let queues = config.worker_count(cores());
+    congestion::check(&config.congestion_control)?;
     let (tun, tunnel) = make_interface(
         &mut changes,
         &config.interface,
@@ -36,6 +37,7 @@ pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperErro
         config.offload,
     )?;
     let mut role = ClientRole {
+        congestion: config.congestion_control.clone(),
         dns: config.dns.clone(),
         changes,
         tunnel,
@@ -57,6 +59,8 @@ pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperErro
 struct ClientRole {
     changes: Changes,
     tunnel: Tunnel,
+    // Of the outer sockets.
+    congestion: CongestionControl,
     // Nameservers by configuration, in place of the server's.
     dns: Option<Vec<IpAddr>>,
     // Exception routes as last set, by server.
@@ -75,7 +79,8 @@ impl ClientRole {
 
     fn outer_socket(&mut self, server: IpAddr) -> Result<OwnedFd, String> {
         self.refresh_exception(server)?;
-        socket::outer(server).map_err(|error| format!("cannot make a socket to {server}: {error}"))
+        socket::outer(server, &self.congestion)
+            .map_err(|error| format!("cannot make a socket to {server}: {error}"))
     }
 
     /// The network may be another one by now, so the way is looked up anew each time.

@@ -36,6 +36,7 @@ pub use link::{DaemonStart, Link, LinkError, Notices, SetupFds};
 pub use server::run_server;
 pub use state::StateDir;
 
+use crate::sys::congestion::Unavailable;
 use crate::sys::netns;
 use crate::sys::nft::NftError;
 use crate::sys::socket::ListenError;
@@ -74,6 +75,9 @@ pub enum KeeperError {
     /// A listening socket.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The congestion control that is configured.
+    #[error(transparent)]
+    Congestion(#[from] Unavailable),
     /// A change to the host.
     #[error(transparent)]
     Apply(#[from] ApplyError),
@@ -101,7 +105,7 @@ impl KeeperError {
     pub fn exit_code(&self) -> u8 {
         match self {
             KeeperError::Daemon { exit, .. } => *exit,
-            KeeperError::Certificate { .. } => 2,
+            KeeperError::Certificate { .. } | KeeperError::Congestion(_) => 2,
             _ => 1,
         }
     }

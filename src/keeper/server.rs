@@ -19,7 +19,7 @@ use super::undo::line;
 use super::{KeeperError, begin, cores, finish, firewall, make_interface, ruleset};
 use crate::config::{NAMESERVERS_MAX, ServerConfig};
 use crate::sys::socket::{self, ListenError};
-use crate::sys::{dns, nft};
+use crate::sys::{congestion, dns, nft};
 use crate::tls::certificate::Identity;
 
 /// How long the listening ports of a daemon that was killed may take to become free.
@@ -46,7 +46,7 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
     nft::check_installed()?;
     let state = StateDir::open(&config.state_dir)?;
     let identity = identity(&config, &state)?;
-    let listeners = Listeners::open(&config.listen, changes.found_leftovers())?;
+    let listeners = Listeners::open(&config, changes.found_leftovers())?;
 
     let queues = config.worker_count(cores());
     let (tun, tunnel) = make_interface(
@@ -137,12 +137,13 @@ fn warn_of_other_firewalls(tunnel: &str, listen: &[SocketAddr], egress: &[String
 struct Listeners(Vec<OwnedFd>);
 
 impl Listeners {
-    fn open(addresses: &[SocketAddr], may_be_leftovers: bool) -> Result<Self, KeeperError> {
+    fn open(config: &ServerConfig, may_be_leftovers: bool) -> Result<Self, KeeperError> {
+        congestion::check(&config.congestion_control)?;
         let deadline = Instant::now() + LEFTOVER_PORTS_TIMEOUT;
         let mut listeners = Vec::new();
-        for address in addresses {
+        for address in &config.listen {
             let listener = loop {
-                match socket::listen(*address) {
+                match socket::listen(*address, &config.congestion_control) {
                     Err(ListenError::Busy { .. })
                         if may_be_leftovers && Instant::now() < deadline =>
                     {

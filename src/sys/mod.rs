@@ -1,6 +1,7 @@
 //! System calls, netlink and the host's network state; unsafe is fenced here.
 
 pub mod clock;
+pub mod congestion;
 pub mod descriptor;
 pub mod dns;
 pub mod fdpass;

@@ -8,6 +8,9 @@ use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
+use super::congestion;
+use crate::config::CongestionControl;
+
 /// How long sent bytes may stay unacknowledged before the kernel gives the connection up.
 pub const USER_TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest pause between retransmissions, where the kernel lets us say (6.15 and newer).
@@ -58,7 +61,7 @@ pub enum ListenError {
 ///
 /// # Errors
 /// The kernel's error, such as an address family that is switched off.
-pub fn outer(server: IpAddr) -> io::Result<OwnedFd> {
+pub fn outer(server: IpAddr, congestion: &CongestionControl) -> io::Result<OwnedFd> {
     let domain = if server.is_ipv4() {
         Domain::IPV4
     } else {
@@ -66,6 +69,7 @@ pub fn outer(server: IpAddr) -> io::Result<OwnedFd> {
     };
     let socket = Socket::new(domain, Type::STREAM.cloexec(), Some(Protocol::TCP))?;
     tune(socket.as_fd())?;
+    congestion::begin(socket.as_fd(), congestion)?;
     Ok(socket.into())
 }
 
@@ -88,10 +92,11 @@ pub fn tune(socket: BorrowedFd<'_>) -> io::Result<()> {
 ///
 /// # Errors
 /// [`ListenError`].
-pub fn listen(address: SocketAddr) -> Result<OwnedFd, ListenError> {
-    let result = match try_listen(address) {
+pub fn listen(address: SocketAddr, congestion: &CongestionControl) -> Result<OwnedFd, ListenError> {
+    let result = match try_listen(address, congestion) {
         Err(error) if address.ip().is_unspecified() && lacks_ipv6(&error) => try_listen(
             SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port()),
+            congestion,
         ),
         result => result,
     };
@@ -107,7 +112,7 @@ pub fn listen(address: SocketAddr) -> Result<OwnedFd, ListenError> {
     })
 }
 
-fn try_listen(address: SocketAddr) -> io::Result<OwnedFd> {
+fn try_listen(address: SocketAddr, congestion: &CongestionControl) -> io::Result<OwnedFd> {
     let socket = Socket::new(
         Domain::for_address(address),
         Type::STREAM.cloexec(),
@@ -119,6 +124,7 @@ fn try_listen(address: SocketAddr) -> io::Result<OwnedFd> {
     socket.set_reuse_address(true)?;
     // Accepted connections inherit all of it.
     tune(socket.as_fd())?;
+    congestion::begin(socket.as_fd(), congestion)?;
     socket.bind(&address.into())?;
     socket.listen(LISTEN_BACKLOG)?;
     Ok(socket.into())

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
@@ -48,21 +49,7 @@ pub struct TcpInfo {
 /// # Errors
 /// It is no TCP socket.
 pub fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<TcpInfo> {
-    let mut bytes = [0_u8; TCP_INFO_BYTES];
-    let mut length = TCP_INFO_BYTES as libc::socklen_t;
-    // SAFETY: both pointers are to live values, and the kernel writes no more than `length` bytes.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            bytes.as_mut_ptr().cast(),
-            &raw mut length,
-        )
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let bytes = ask(socket)?;
     let name = SockRef::from(&socket).tcp_congestion()?;
     let name = String::from_utf8_lossy(&name);
     let min = u32_at(&bytes, MIN_RTT);
@@ -80,6 +67,39 @@ pub fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<TcpInfo> {
             .map_or(0, u64::from_ne_bytes),
         notsent_bytes: u32_at(&bytes, NOTSENT_BYTES),
     })
+}
+
+/// The shortest round trip of late, and the smoothed one. Zero before there was one.
+///
+/// # Errors
+/// It is no TCP socket.
+pub fn round_trips(socket: BorrowedFd<'_>) -> io::Result<(Duration, Duration)> {
+    let bytes = ask(socket)?;
+    let shortest = match u32_at(&bytes, MIN_RTT) {
+        NOT_MEASURED => 0,
+        microseconds => microseconds,
+    };
+    let micros = |value: u32| Duration::from_micros(value.into());
+    Ok((micros(shortest), micros(u32_at(&bytes, RTT))))
+}
+
+fn ask(socket: BorrowedFd<'_>) -> io::Result<[u8; TCP_INFO_BYTES]> {
+    let mut bytes = [0_u8; TCP_INFO_BYTES];
+    let mut length = TCP_INFO_BYTES as libc::socklen_t;
+    // SAFETY: both pointers are to live values, and the kernel writes no more than `length` bytes.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            bytes.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(bytes)
 }
 
 fn u32_at(bytes: &[u8; TCP_INFO_BYTES], at: usize) -> u32 {

@@ -10,11 +10,12 @@ use crate::proto::packet;
 use crate::proto::route_table::ConnectionRef;
 use crate::proto::timer::Instant;
 use crate::stats::ConnectionStats;
+use crate::sys::congestion;
 use crate::tls::record::RecordLayer;
 use crate::uring::buffer::{Buffer, InFlight};
 use crate::uring::ring::FileSlot;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -174,6 +175,8 @@ pub(super) struct Connection {
     pub(super) accepts: Offloads,
     pub(super) life: Life,
     pub(super) clock: Clock,
+    /// Whether its congestion control may still change with the path.
+    pub(super) follows_path: bool,
     /// Operations that the kernel still holds.
     pub(super) in_flight: u32,
 
@@ -206,6 +209,15 @@ pub(super) struct Connection {
 impl Connection {
     pub(super) fn is_open(&self) -> bool {
         matches!(self.life, Life::Open)
+    }
+
+    /// Looks at the path, as long as that may change anything.
+    pub(super) fn follow_path(&mut self) {
+        if self.follows_path {
+            // An error means that the connection is about to end.
+            let settled = congestion::follow_path(self.socket.as_fd());
+            self.follows_path = !settled.unwrap_or(true);
+        }
     }
 
     /// Makes known what waits for the connection.

@@ -360,7 +360,7 @@ impl Worker {
             return;
         }
         stats.received_at_nanos.set(self.now.as_nanos());
-        let connection = Connection {
+        let mut connection = Connection {
             reference,
             socket: handoff.socket,
             stats,
@@ -371,6 +371,7 @@ impl Worker {
             accepts: handoff.accepts,
             life: Life::Open,
             clock: Clock::new(self.now),
+            follows_path: handoff.follows_path,
             in_flight: 0,
             receive: Receive::Parked,
             parking: false,
@@ -386,6 +387,7 @@ impl Worker {
             awaits_room: false,
             dirty: false,
         };
+        connection.follow_path();
         if self.connections.len() <= slot {
             self.connections.resize_with(slot + 1, || None);
         }
@@ -512,6 +514,9 @@ impl Worker {
             Life::Draining { .. } => return,
         }
         connection.queue.release_memory(now);
+        if now.since(connection.clock.sent) < PARK_AFTER {
+            connection.follow_path();
+        }
         let quiet = now.since(connection.clock.received) >= PARK_AFTER;
         if quiet && !connection.parking && matches!(connection.receive, Receive::Reading(_)) {
             connection.parking = true;

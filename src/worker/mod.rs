@@ -26,6 +26,8 @@ use crate::proto::http::OffloadHeader;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::stats::{BuffersInUse, ConnectionStats, WorkerCounters};
+#[cfg(doc)]
+use crate::sys::congestion;
 use crate::tls::handshake::{Agreed, Established};
 use crate::uring::probe::{RingError, SetUp};
 use crate::uring::ring::{Bell, PreparedRing, Ring};
@@ -103,6 +105,8 @@ pub struct Handoff {
     pub offload: Option<OffloadHeader>,
     /// What the peer was told that we accept.
     pub accepts: Offloads,
+    /// Whether its congestion control is chosen by the length of the path ([`congestion::follow_path`]).
+    pub follows_path: bool,
 }
 
 /// Why a connection ended.

@@ -174,6 +174,7 @@ impl End {
             inner_sources: sources,
             offload: terms.offload_header(),
             accepts: terms.offload.unwrap_or(Offloads::NONE),
+            follows_path: false,
         });
         connection
     }

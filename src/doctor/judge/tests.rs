@@ -48,8 +48,7 @@ fn healthy() -> Findings {
             offloads: Offloads::ALL,
             queues: 2,
         }),
-        congestion: Some("bbr".into()),
-        congestions_available: vec!["cubic".into(), "bbr".into()],
+        has_bbr: true,
         clock: Clock {
             unix_seconds: EARLIEST_UNIX_SECONDS,
             is_synchronised: Some(true),
@@ -158,7 +157,7 @@ const C: Role = Role::Client;
 #[case::no_uso(|f: &mut Findings| f.tun = Ok(TunFound { offloads: Offloads { uso4: false, uso6: false, ..Offloads::ALL }, queues: 1 }), "tun-offloads", Level::Degraded, &[S, C])]
 #[case::no_offload(|f: &mut Findings| f.tun = Ok(TunFound { offloads: Offloads::NONE, queues: 1 }), "tun-offloads", Level::Degraded, &[S, C])]
 #[case::no_run_directory(|f: &mut Findings| f.run_directory = Some(trouble()), "run-directory", Level::Broken, &[])]
-#[case::cubic(|f: &mut Findings| f.congestion = Some("cubic".into()), "congestion-control", Level::Degraded, &[S, C])]
+#[case::no_bbr(|f: &mut Findings| f.has_bbr = false, "congestion-control", Level::Degraded, &[S, C])]
 #[case::clock_behind(|f: &mut Findings| f.clock.unix_seconds -= 1, "clock", Level::Degraded, &[S, C])]
 #[case::clock_alone(|f: &mut Findings| f.clock.is_synchronised = Some(false), "clock", Level::Degraded, &[S, C])]
 #[case::no_network(|f: &mut Findings| f.uplinks = Uplinks::default(), "uplink", Level::Degraded, &[S, C])]
