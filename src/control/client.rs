@@ -39,21 +39,26 @@ use crate::worker::{CloseCause, Event, Handoff, Workers};
 
 /// How long the first connection may take before the program gives up.
 pub const START_TIME: Duration = Duration::from_secs(15);
+/// How much of that the server's name may take.
+const RESOLVE_TIME: Duration = Duration::from_secs(14);
 /// From one attempt to resolve the server's name to the next.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(1);
 /// How long changes of the network are collected before the way to the server is renewed.
 const NETWORK_SETTLE_TIME: Duration = Duration::from_millis(300);
+const _: () = assert!(RESOLVE_TIME.as_millis() < START_TIME.as_millis());
 
 /// Runs until the keeper says stop, or something final happens.
+///
+/// Workers take a while to start, most of it for their packet memory, so they do so while the first connection is made.
 pub async fn run(
     setup: ClientSetup,
     fds: SetupFds,
     rings: Rings,
     link: Link,
-    mut notices: Notices,
+    notices: Notices,
 ) -> Ending {
-    let start_by = Instant::now() + START_TIME;
-    let mut questions = match status::serve(fds.control) {
+    let started = Instant::now();
+    let questions = match status::serve(fds.control) {
         Ok(questions) => questions,
         Err(error) => return Ending::failed(format!("cannot serve the control socket: {error}")),
     };
@@ -72,13 +77,29 @@ pub async fn run(
         Err(line) => return Ending::failed(line),
     };
     let (events, happened) = mpsc::unbounded_channel();
-    let workers = match rings.start_workers(fds.tun_queues, accepts, &events) {
+    let starting = rings.start_workers_beside(fds.tun_queues, accepts, events);
+    let (progress, news) = mpsc::unbounded_channel();
+    let dialling = Rc::new(Dialling {
+        server,
+        candidates: RefCell::new(Candidates::new(Vec::new(), invite.port)),
+        link: link.clone(),
+        progress,
+    });
+    let network = watch_network(&setup.config.interface);
+    let mut places: Vec<Place> = (0..setup.config.connections)
+        .map(|_| Place::default())
+        .collect();
+    places[0].dialling = true;
+    spawn(fill_first_place(
+        Rc::clone(&dialling),
+        invite.clone(),
+        started + RESOLVE_TIME,
+        network.clone(),
+    ));
+    let workers = match starting.await {
         Ok(workers) => workers,
         Err(error) => return Ending::failed(chain(&error)),
     };
-    if link.ready().await.is_err() {
-        return Ending::KeeperGone;
-    }
     let subject = Subject::new(
         Role::Client,
         &setup.config.interface,
@@ -87,21 +108,13 @@ pub async fn run(
         setup.config.io,
         accepts,
     );
-    let (progress, news) = mpsc::unbounded_channel();
     let client = Client {
         subject,
         target: format!("{}:{}", invite.host, invite.port),
         port: invite.port,
-        places: (0..setup.config.connections)
-            .map(|_| Place::default())
-            .collect(),
-        network: watch_network(&setup.config.interface),
-        dialling: Rc::new(Dialling {
-            server,
-            candidates: RefCell::new(Candidates::new(Vec::new(), invite.port)),
-            link: link.clone(),
-            progress,
-        }),
+        places,
+        network,
+        dialling,
         config: setup.config,
         link,
         workers,
@@ -111,26 +124,13 @@ pub async fn run(
         failures: BTreeMap::new(),
         state: (State::Connecting, Instant::now()),
     };
-    let resolving = resolve(&invite, start_by);
-    tokio::pin!(resolving);
-    let addresses = loop {
-        tokio::select! {
-            resolved = &mut resolving => match resolved {
-                Ok(addresses) => break addresses,
-                Err(line) => return Ending::failed(line),
-            },
-            ending = stopped(&mut notices) => return ending,
-            Some(question) = questions.recv() => question.answer(client.report()),
-        }
-    };
-    *client.dialling.candidates.borrow_mut() = Candidates::new(addresses, invite.port);
     let doings = Doings {
         notices,
         happened,
         news,
         questions,
     };
-    client.keep_up(start_by, doings).await
+    client.keep_up(started + START_TIME, doings).await
 }
 
 /// Waits until the keeper wants an end.
@@ -207,6 +207,8 @@ struct Dialling {
 
 /// What a dialling task reports.
 enum Progress {
+    /// The end of its work: there is no server of that name.
+    NotResolved(String),
     /// The end of its work.
     Opened { ordinal: u8, opened: Box<Opened> },
     /// It goes on.
@@ -219,6 +221,25 @@ enum Progress {
         address: SocketAddr,
         error: OpeningError,
     },
+}
+
+/// Finds out where the server is, and then tries as for any other place.
+async fn fill_first_place(
+    dialling: Rc<Dialling>,
+    invite: Invite,
+    give_up: Instant,
+    network: watch::Receiver<()>,
+) {
+    match resolve(&invite, give_up).await {
+        Ok(addresses) => {
+            *dialling.candidates.borrow_mut() = Candidates::new(addresses, invite.port);
+            fill_place(dialling, 0, network).await;
+        }
+        Err(line) => {
+            // Nobody listens any longer when the client is about to end.
+            let _ = dialling.progress.send(Progress::NotResolved(line));
+        }
+    }
 }
 
 /// Tries until the connection for this place is there.
@@ -306,7 +327,6 @@ impl Client {
     ) -> Ending {
         let mut network = self.network.clone();
         let mut renew_at: Option<Instant> = None;
-        self.dial(0);
         let ending = loop {
             let turn = tokio::select! {
                 ending = stopped(&mut notices) => Err(ending),
@@ -350,6 +370,7 @@ impl Client {
 
     async fn progress(&mut self, progress: Progress) -> Result<(), Ending> {
         match progress {
+            Progress::NotResolved(line) => Err(Ending::failed(line)),
             Progress::Opened { ordinal, opened } => self.opened(ordinal, *opened).await,
             Progress::NotConnected { address, error } => {
                 self.failed(address, chain(&error));

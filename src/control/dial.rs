@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
 use super::reconnect::{EAGER_INTERVAL, Reconnect};
 use super::runtime::connect;
@@ -130,7 +130,7 @@ pub async fn dial(
     let mut attempts = FuturesUnordered::new();
     loop {
         tokio::select! {
-            () = sleep_until(policy.due().into()) => {
+            () = until(policy.due().into()) => {
                 policy.round_started(Instant::now().into());
                 for (candidate, start) in candidates.staggered() {
                     attempts.push(attempt(link, candidate, start));
@@ -145,12 +145,19 @@ pub async fn dial(
     }
 }
 
+/// Waits, but not for what is due: a timer would take a millisecond or two for that.
+async fn until(due: Instant) {
+    if due > Instant::now() {
+        sleep_until(due).await;
+    }
+}
+
 async fn attempt(
     link: &Link,
     candidate: SocketAddr,
     start: Duration,
 ) -> (SocketAddr, Result<OwnedFd, DialError>) {
-    sleep(start).await;
+    until(Instant::now() + start).await;
     let deadline = Instant::now() + SYN_TIME;
     let outcome = match link.outer_socket(candidate.ip()).await {
         Ok(socket) => {

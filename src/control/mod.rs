@@ -29,10 +29,11 @@ use std::error::Error;
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::thread;
 use std::time::Duration;
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::config::IoMode;
 use crate::keeper::request::Setup;
@@ -50,6 +51,8 @@ const DAEMONS_PER_USER: usize = 4;
 pub const EGRESS_QUEUE_BYTES_MAX: usize = 1024 * 1024;
 /// What process lists call the daemon.
 const PROCESS_NAME: &CStr = c"ringtun-daemon";
+/// The thread that starts workers, and ends then.
+const STARTER_NAME: &str = "ringtun-start";
 /// How long the last words to the keeper may take.
 const LAST_WORDS_TIME: Duration = Duration::from_millis(300);
 
@@ -226,6 +229,27 @@ impl Rings {
         });
         let setups = setups.collect::<Result<Vec<_>, WorkerError>>()?;
         Workers::start(setups, events)
+    }
+
+    /// The same, while the caller goes on with other things and waits for the result later.
+    fn start_workers_beside(
+        self,
+        tun_queues: Vec<OwnedFd>,
+        tun_offloads: Offloads,
+        events: mpsc::UnboundedSender<Event>,
+    ) -> impl Future<Output = Result<Workers, WorkerError>> {
+        let (report, started) = oneshot::channel();
+        let thread = thread::Builder::new()
+            .name(STARTER_NAME.into())
+            .spawn(move || {
+                // Nobody waits any longer when the daemon is about to end.
+                let _ = report.send(self.start_workers(tun_queues, tun_offloads, &events));
+            });
+        async move {
+            thread.map_err(WorkerError::Thread)?;
+            let lost = |_| WorkerError::Thread(io::Error::other("it ended without a word"));
+            started.await.map_err(lost)?
+        }
     }
 }
 

@@ -27,6 +27,8 @@ pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperErro
     let mut changes = begin(&config.interface, None)?;
     let control = changes.record().control_socket()?;
     let origin = changes.record().origin();
+    // Its program is loaded while the interface is made.
+    let daemon = Daemon::start()?;
     let queues = config.worker_count(cores());
     congestion::check(&config.congestion_control)?;
     let (tun, tunnel) = make_interface(
@@ -52,7 +54,9 @@ pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperErro
     }));
     let mut fds = tun.queues;
     fds.push(control);
-    let served = Daemon::start(&setup, fds)?.serve(&signals, &mut role);
+    let served = daemon
+        .set_up(&setup, fds)
+        .and_then(|daemon| daemon.serve(&signals, &mut role));
     finish(served, role.changes)
 }
 
@@ -123,7 +127,6 @@ impl ClientRole {
 impl Role for ClientRole {
     fn answer(&mut self, request: Request) -> (Reply, Option<OwnedFd>) {
         let result = match request {
-            Request::Ready => Ok(None),
             Request::OuterSocket { server } => self.outer_socket(server).map(Some),
             Request::Configure(settings) => self.configure(settings).map(|()| None),
             _ => Err("a client's daemon does not ask for this".into()),

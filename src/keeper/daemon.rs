@@ -87,11 +87,11 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts this program anew as the daemon and gives it `setup` and its descriptors.
+    /// Starts this program anew as the daemon, which then waits to be [set up](Daemon::set_up).
     ///
     /// # Errors
     /// [`KeeperError::Process`].
-    pub fn start(setup: &Setup, fds: Vec<OwnedFd>) -> Result<Self, KeeperError> {
+    pub fn start() -> Result<Self, KeeperError> {
         let start = || -> io::Result<Daemon> {
             let (socket, theirs) = fdpass::pair()?;
             let options = SockRef::from(&socket);
@@ -105,15 +105,25 @@ impl Daemon {
                 .stdin(Stdio::from(theirs))
                 .spawn()?;
             // From here on dropping kills it.
-            let daemon = Daemon {
+            Ok(Daemon {
                 child,
                 socket,
                 reader: FrameReader::new(REQUEST_BYTES_MAX),
-            };
-            FrameWriter::new(&serde_json::to_vec(setup)?, fds)?.send(daemon.socket.as_fd())?;
-            Ok(daemon)
+            })
         };
         start().map_err(|source| KeeperError::Process("start the daemon process", source))
+    }
+
+    /// Gives it `setup` and its descriptors.
+    ///
+    /// # Errors
+    /// [`KeeperError::Process`]; it is killed then.
+    pub fn set_up(self, setup: &Setup, fds: Vec<OwnedFd>) -> Result<Self, KeeperError> {
+        let give = || -> io::Result<()> {
+            FrameWriter::new(&serde_json::to_vec(setup)?, fds)?.send(self.socket.as_fd())
+        };
+        give().map_err(|source| KeeperError::Process("set the daemon process up", source))?;
+        Ok(self)
     }
 
     /// Serves the daemon until it ends or a signal asks for the end; then ends it.

@@ -170,7 +170,7 @@ impl Link {
         Ok((Link { requests, leases }, notices))
     }
 
-    /// Says that the workers run.
+    /// Says that the server's workers run and visitors are let in.
     ///
     /// # Errors
     /// See [`LinkError`].

@@ -164,7 +164,7 @@ pub struct TunnelSettings {
 /// What a daemon asks for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
-    /// The daemon has its workers running.
+    /// Server: the workers run, and visitors are let in.
     Ready,
     /// Client: a tuned TCP socket to reach `server` outside of the tunnel, not connected yet, in blocking mode.
     /// The exception route to it is made or refreshed first.

@@ -97,7 +97,9 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
     let mut fds = tun.queues;
     fds.extend(listeners.duplicates()?);
     fds.push(control);
-    let served = Daemon::start(&setup, fds)?.serve(&signals, &mut role);
+    let served = Daemon::start()?
+        .set_up(&setup, fds)?
+        .serve(&signals, &mut role);
     drop(listeners);
     if matches!(served, Ok(()) | Err(KeeperError::DaemonDied(_))) {
         signals.pause(NAT_LINGER);
