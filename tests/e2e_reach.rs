@@ -2,8 +2,12 @@
 
 mod common;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
+use common::status::{list, number, status};
 use common::transfer::{Direction, Transfer};
 use common::{
     SHORT, SOON, Tunnel, assert_web_blocked, assert_web_reached, build, connected_to,
@@ -15,6 +19,10 @@ use rstest::rstest;
 
 /// Large enough for many super-packets, records and full socket buffers.
 const LARGE_BYTES: u64 = 48 << 20;
+/// Nobody listens there.
+const UNHEARD_PORT: u16 = 9;
+/// From one packet to the next.
+const PAUSE: Duration = Duration::from_micros(20);
 
 #[rstest]
 #[case::nat(Topology::Nat)]
@@ -24,6 +32,39 @@ fn everything_of_the_web_host_is_reached(#[case] topology: Topology) {
     assert_web_blocked(lab.host("client"));
     let _tunnel = Tunnel::start(&lab);
     assert_web_reached(lab.host("client"));
+}
+
+/// A SYN that is lost while routes are set costs its sender a second.
+#[rstest]
+fn what_is_sent_while_the_tunnel_comes_up_is_carried(lab: Lab) {
+    let client = lab.host("client");
+    let _server = start_server(&lab, &[]);
+    let invite = invite(&lab, "client");
+    let socket = client.enter(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)));
+    let socket = socket.expect("the client").expect("a socket");
+    let is_up = AtomicBool::new(false);
+    let status = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_up.load(Ordering::Relaxed) {
+                // Until the tunnel is up the firewall refuses, and the next call says so.
+                let _ = socket.send_to(b"?", (WEB_V4, UNHEARD_PORT));
+                // Leaves the processor to whoever takes it from the interface.
+                thread::sleep(PAUSE);
+            }
+        });
+        let _client = start_client(client, &invite);
+        let status = status(client);
+        is_up.store(true, Ordering::Relaxed);
+        status
+    });
+    for worker in list(&status, "workers") {
+        assert!(number(worker, "/counters/tun_read_packets") > 0, "{status}");
+        assert_eq!(
+            number(worker, "/counters/dropped_no_route"),
+            0,
+            "{status:#}"
+        );
+    }
 }
 
 #[rstest]

@@ -425,8 +425,6 @@ impl Client {
         self.places[usize::from(ordinal)].dialling = false;
         let first = self.applied.is_none();
         self.terms = opened.terms;
-        self.apply_terms().await?;
-
         let connection = self.workers.allocate();
         self.workers.add(Handoff {
             connection,
@@ -441,6 +439,8 @@ impl Client {
             .current
             .replace((connection, opened.address));
         self.publish_routes();
+        // Now, and not before, the host may send packets into the tunnel: the workers know where to put them.
+        self.apply_terms().await?;
         if let Some((former, _)) = former {
             self.workers.close(former, Some(CloseReason::Replaced));
         }
