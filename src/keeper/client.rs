@@ -27,10 +27,10 @@ pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperErro
     let mut changes = begin(&config.interface, None)?;
     let control = changes.record().control_socket()?;
     let origin = changes.record().origin();
+    congestion::check(&config.congestion_control)?;
     // Its program is loaded while the interface is made.
     let daemon = Daemon::start()?;
     let queues = config.worker_count(cores());
-    congestion::check(&config.congestion_control)?;
     let (tun, tunnel) = make_interface(
         &mut changes,
         &config.interface,
