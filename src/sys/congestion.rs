@@ -2,7 +2,7 @@
 //!
 //! BBR keeps queues short and does not mind random loss, and pays for it with a timer for each burst that it paces. Where
 //! the path is so short that there is no queue to fill and nothing to lose, that is a third of the throughput, so `auto`
-//! begins with CUBIC and goes over to BBR as soon as the path turns out to be longer ([`suits_bbr`]). There is no
+//! begins with CUBIC and goes over to BBR as soon as the path turns out to be longer. There is no
 //! way back: a connection that has had BBR goes on pacing with any other (`sk_pacing_status` in the kernel).
 //! `docs/decisions/010-congestion-control.md` has the measurements.
 
