@@ -204,8 +204,9 @@ impl Host {
             "stat -c '%A %U %G %N' /etc/resolv.conf",
             "cat /etc/resolv.conf",
             "ls -A /run/ringtun",
-            // Counters are no state.
-            "grep -rs . /proc/sys/net --exclude=nf_conntrack_count",
+            // Counters are no state, and modules stay loaded.
+            "grep -rs . /proc/sys/net --exclude=nf_conntrack_count --exclude=tcp_allowed_congestion_control \
+             --exclude=tcp_available_congestion_control",
         ];
         let mut state = String::new();
         for command in commands {

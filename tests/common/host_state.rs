@@ -6,7 +6,7 @@ use ringtun_lab::Host;
 
 use super::until_true;
 
-/// What is looked at. Counters and clocks are no state, and are left out or blotted out.
+/// What is looked at. Counters, clocks and lists of loaded modules are no state, and are left out or blotted out.
 const LOOKS: [&str; 9] = [
     "ip -d link",
     "ip address show",
@@ -16,7 +16,8 @@ const LOOKS: [&str; 9] = [
     "nft list ruleset",
     "stat -c '%F %a %u:%g' /etc/resolv.conf; readlink /etc/resolv.conf; cat /etc/resolv.conf",
     "ls -A /run/ringtun 2>/dev/null",
-    "grep -rs . /proc/sys/net --exclude=nf_conntrack_count | sort",
+    "grep -rs . /proc/sys/net --exclude=nf_conntrack_count --exclude=tcp_allowed_congestion_control \
+     --exclude=tcp_available_congestion_control | sort",
 ];
 /// Words before a number of seconds that goes down by itself.
 const CLOCKS: [&str; 3] = ["expires", "valid_lft", "preferred_lft"];
