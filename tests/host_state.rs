@@ -3,7 +3,7 @@
 //! Each test runs in network and mount namespaces of its own, in a child process: as root, or in a user namespace.
 
 use std::fs;
-use std::net::{IpAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV6, UdpSocket};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -14,13 +14,15 @@ use ringtun::keeper::apply::Changes;
 use ringtun::keeper::plan::{self, ServerNetwork, Step, Tunnel};
 use ringtun::keeper::request::TunnelSettings;
 use ringtun::keeper::undo::Record;
-use ringtun::sys::route::Way;
+use ringtun::sys::route::{Netlink, Way};
 use ringtun::sys::tun::{self, Tun};
 use socket2::{Domain, Protocol, Socket, Type};
 
 const INSIDE: &str = "RINGTUN_TEST_INSIDE_NAMESPACE";
 const TIMEOUT: Duration = Duration::from_secs(10);
 const INTERFACE: &str = "ringtun0";
+/// So many that a race is lost at least once.
+const ADDRESSES: u32 = 500;
 
 /// Runs `body` in fresh namespaces, with an empty `/run` and a resolv.conf of its own. `name` is the test's.
 fn in_namespace(name: &str, body: fn()) {
@@ -331,6 +333,34 @@ fn a_clients_changes_follow_the_settings_and_are_undone_exactly() {
             assert_same(&before, &snapshot());
         },
     );
+}
+
+/// Replies that came before the kernel had made the address local were lost, on busy machines.
+#[test]
+fn an_address_is_in_force_when_it_has_been_set() {
+    in_namespace("an_address_is_in_force_when_it_has_been_set", || {
+        let (_changes, _tun, tunnel) = begin();
+        let netlink = Netlink::open().expect("netlink");
+        for number in 1..=ADDRESSES {
+            for base in ["10.87.0.0", "fd01::"] {
+                let address: IpAddr = match base.parse().expect("address") {
+                    IpAddr::V4(base) => Ipv4Addr::from_bits(base.to_bits() + number).into(),
+                    IpAddr::V6(base) => {
+                        Ipv6Addr::from_bits(base.to_bits() + u128::from(number)).into()
+                    }
+                };
+                netlink
+                    .add_address(tunnel.index, IpNet::from(address))
+                    .expect("added");
+                let socket = UdpSocket::bind((address, 0)).expect("bound");
+                socket.set_read_timeout(Some(TIMEOUT)).expect("set");
+                let itself = socket.local_addr().expect("address");
+                socket.send_to(b"?", itself).expect("sent");
+                let arrived = socket.recv(&mut [0]);
+                assert_eq!(arrived.expect("what is sent to itself"), 1, "{address}");
+            }
+        }
+    });
 }
 
 #[test]

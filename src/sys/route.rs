@@ -4,6 +4,8 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
@@ -27,6 +29,10 @@ pub const PROTOCOL_RA: u8 = 9;
 const INDEX_OF_NONE: u32 = i32::MAX.cast_unsigned();
 /// The routing table that is meant when none is named.
 pub const TABLE_MAIN: u32 = 254;
+
+/// How long the kernel may take to make an IPv6 address local.
+const LOCAL_TIMEOUT: Duration = Duration::from_secs(1);
+const LOCAL_POLL_INTERVAL: Duration = Duration::from_micros(200);
 
 /// A netlink request that the kernel refused.
 #[derive(Debug, thiserror::Error)]
@@ -183,7 +189,7 @@ impl Netlink {
         Ok(learned.map(|address| address.header.index).collect())
     }
 
-    /// Gives an interface an address, which can be used at once; one that it has already is no error.
+    /// Gives an interface that is up an address, which can be used at once; one that it has already is no error.
     ///
     /// # Errors
     /// [`RouteError`].
@@ -198,7 +204,38 @@ impl Netlink {
             request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
         }
         let what = format!("set the address {address} on the tunnel interface");
-        self.run_unless(&[Errno::EEXIST], &what, request.execute())
+        self.run_unless(&[Errno::EEXIST], &what, request.execute())?;
+        if let IpAddr::V6(address) = address.addr() {
+            self.wait_until_local(address);
+        }
+        Ok(())
+    }
+
+    /// Waits until what is sent to `address` is for this host. The kernel answers the request first and makes an IPv6
+    /// address local later, on a kernel thread (`addrconf_dad_start`): at once, or when a busy machine gets round to it.
+    fn wait_until_local(&self, address: Ipv6Addr) {
+        let deadline = Instant::now() + LOCAL_TIMEOUT;
+        while !self.is_local(address) {
+            if Instant::now() >= deadline {
+                return tracing::warn!("{address} does not become an address of this host");
+            }
+            thread::sleep(LOCAL_POLL_INTERVAL);
+        }
+    }
+
+    fn is_local(&self, address: Ipv6Addr) -> bool {
+        let mut question = RouteMessage::default();
+        question.header.address_family = AddressFamily::Inet6;
+        question.header.destination_prefix_length = Ipv6Addr::BITS as u8;
+        let destination = RouteAttribute::Destination(RouteAddress::Inet6(address));
+        question.attributes.push(destination);
+        let answer = self.handle.route().get(question).execute();
+        let answer: Result<Vec<_>, _> = self.run("look up a route", answer.try_collect());
+        // No route at all is an error.
+        answer.is_ok_and(|routes| {
+            let local = RouteType::Local;
+            routes.iter().any(|route| route.header.kind == local)
+        })
     }
 
     /// Takes an address from an interface; one that it does not have, or an interface that goes meanwhile as a TUN does when
