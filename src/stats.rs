@@ -181,6 +181,10 @@ pub struct ConnectionStats {
     pub queue_packets: Gauge,
     /// Their bytes, `virtio_net_hdr` included.
     pub queue_bytes: Gauge,
+    /// Bytes that are sealed and that the socket has not taken.
+    pub ahead_bytes: Gauge,
+    /// How many of them there may be, and as many again unsent in the socket, if the path is slow.
+    pub ahead_bytes_max: Gauge,
     /// When the socket last gave something, in nanoseconds since the worker's start.
     pub received_at_nanos: Gauge,
 }

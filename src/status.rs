@@ -199,6 +199,12 @@ pub struct Connection {
     pub queue_packets: u64,
     /// Their bytes.
     pub queue_bytes: u64,
+    /// Bytes that are sealed and that the socket has not taken.
+    #[serde(default)]
+    pub ahead_bytes: u64,
+    /// How many of them there may be, by what the path delivers in some milliseconds.
+    #[serde(default)]
+    pub ahead_bytes_max: u64,
     /// What was counted; what was dropped is in the `dropped_` fields, by reason.
     pub counters: ConnectionCounts,
     /// What the kernel says of the TCP connection.
@@ -280,6 +286,8 @@ pub(crate) mod examples {
             peer_offloads: Some(vec!["csum".into(), "tso4".into()]),
             queue_packets: 3,
             queue_bytes: 4096,
+            ahead_bytes: 512,
+            ahead_bytes_max: 8192,
             counters: ConnectionCounts {
                 sent_packets: 1000,
                 sent_bytes: 1 << 30,

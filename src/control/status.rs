@@ -234,6 +234,8 @@ pub fn connection(workers: &Workers, ordinal: u8, reference: ConnectionRef) -> O
         peer_offloads: info.offload.map(|offload| names(offload.accepts)),
         queue_packets: info.stats.queue_packets.get(),
         queue_bytes: info.stats.queue_bytes.get(),
+        ahead_bytes: info.stats.ahead_bytes.get(),
+        ahead_bytes_max: info.stats.ahead_bytes_max.get(),
         counters: info.stats.counters.read(),
         tcp: tcp_info(socket.as_fd()).ok()?,
     })

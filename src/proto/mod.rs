@@ -11,5 +11,6 @@ pub mod http;
 pub mod offload;
 pub mod packet;
 pub mod route_table;
+pub mod send_limit;
 pub mod session;
 pub mod timer;

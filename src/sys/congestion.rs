@@ -1,29 +1,24 @@
 //! The congestion control of the outer connections.
 //!
-//! BBR keeps queues short and does not mind random loss, and pays for it with a timer for each burst that it paces. Where
-//! the path is so short that there is no queue to fill and nothing to lose, that is a third of the throughput, so `auto`
-//! begins with CUBIC and goes over to BBR as soon as the path turns out to be longer. There is no
+//! BBR does not mind random loss, and pays for it with a timer for each burst that it paces, and every ten seconds with 200 ms
+//! in which it sends next to nothing. So `auto` begins with CUBIC, whose queues are kept short by what a worker has under way
+//! ([`send_limit`]), and goes over to BBR as soon as a path turns out to lose what does not fill its queues. There is no
 //! way back: a connection that has had BBR goes on pacing with any other (`sk_pacing_status` in the kernel).
 //! `docs/decisions/010-congestion-control.md` has the measurements.
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::time::Duration;
 
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::tcp_info;
 use crate::config::CongestionControl;
+#[cfg(doc)]
+use crate::proto::send_limit;
 
-/// For paths across a network.
+/// For paths that lose packets.
 pub const BBR: &str = "bbr";
-/// For paths within a host or a rack.
-pub const LOCAL: &str = "cubic";
-/// A path whose shortest round trip takes longer is not local.
-const LOCAL_RTT_MAX: Duration = Duration::from_millis(2);
-/// A queue that makes the average round trip longer than this is worth keeping short, however short the path is.
-const QUEUED_RTT_MAX: Duration = Duration::from_millis(50);
-
+/// For all others.
+pub const CUBIC: &str = "cubic";
 /// This kernel does not have what the configuration names.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -72,32 +67,19 @@ pub fn begin(socket: BorrowedFd<'_>, wanted: &CongestionControl) -> io::Result<(
     match wanted {
         CongestionControl::Named(name) => set(name),
         CongestionControl::Auto => {
-            if let Err(error) = set(LOCAL) {
-                tracing::debug!("no {LOCAL}: {error}");
+            if let Err(error) = set(CUBIC) {
+                tracing::debug!("no {CUBIC}: {error}");
             }
             Ok(())
         }
     }
 }
 
-/// Looks at the path of a connection under `auto`. Whether that was the last time: it has BBR now, or cannot have it.
-///
-/// # Errors
-/// It is no TCP socket.
-pub fn follow_path(socket: BorrowedFd<'_>) -> io::Result<bool> {
-    let (shortest, average) = tcp_info::round_trips(socket)?;
-    if !suits_bbr(shortest, average) {
-        return Ok(false);
-    }
+/// Gives a connection under `auto` the congestion control that does not mind losses, where there is one.
+pub fn bear_losses(socket: BorrowedFd<'_>) {
     if let Err(error) = SockRef::from(&socket).set_tcp_congestion(BBR.as_bytes()) {
         tracing::debug!("no {BBR}: {error}");
     }
-    Ok(true)
-}
-
-/// Whether a path with these round trips, shortest and average, is one for BBR.
-fn suits_bbr(shortest: Duration, average: Duration) -> bool {
-    shortest > LOCAL_RTT_MAX || average > QUEUED_RTT_MAX
 }
 
 #[cfg(test)]
@@ -106,27 +88,7 @@ mod tests {
     use std::net::{Ipv4Addr, TcpListener, TcpStream};
     use std::os::fd::AsFd;
 
-    use rstest::rstest;
-
     use super::*;
-
-    #[rstest]
-    #[case::rack(100, 300, false)]
-    #[case::busy_rack(100, 40_000, false)]
-    #[case::deep_queue_nearby(500, 400_000, true)]
-    #[case::across_town(4000, 4500, true)]
-    #[case::around_the_world(250_000, 260_000, true)]
-    fn long_paths_and_deep_queues_are_for_bbr(
-        #[case] shortest: u64,
-        #[case] average: u64,
-        #[case] bbr: bool,
-    ) {
-        let (shortest, average) = (
-            Duration::from_micros(shortest),
-            Duration::from_micros(average),
-        );
-        assert_eq!(suits_bbr(shortest, average), bbr);
-    }
 
     #[test]
     fn what_the_kernel_does_not_have_is_named() {

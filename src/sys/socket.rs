@@ -15,7 +15,8 @@ use crate::config::CongestionControl;
 pub const USER_TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest pause between retransmissions, where the kernel lets us say (6.15 and newer).
 pub const RTO_MAX_MS: libc::c_int = 1000;
-/// Unsent bytes that the kernel holds before the socket stops being writable: two full super-packets.
+/// Unsent bytes that the kernel holds before the socket stops being writable, unless the path wants less: two full
+/// super-packets.
 pub const NOTSENT_LOWAT_BYTES: u32 = 128 * 1024;
 /// Connections that may wait for `accept`; the kernel cuts it to `net.core.somaxconn`.
 pub const LISTEN_BACKLOG: i32 = 1024;
@@ -86,6 +87,14 @@ pub fn tune(socket: BorrowedFd<'_>) -> io::Result<()> {
     tcp.set_tcp_notsent_lowat(NOTSENT_LOWAT_BYTES)?;
     limit_rto(socket);
     Ok(())
+}
+
+/// Has the socket hold no more than so many unsent bytes before it stops being writable.
+///
+/// # Errors
+/// The kernel's error.
+pub fn limit_unsent(socket: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
+    SockRef::from(&socket).set_tcp_notsent_lowat(bytes)
 }
 
 /// A listening socket. An IPv6 wildcard takes IPv4 as well, and becomes the IPv4 wildcard where there is no IPv6.

@@ -92,6 +92,8 @@ pub struct Ring {
     buffers_registered: bool,
     /// Storage of the tick's time; the kernel reads it at submission.
     tick: Box<types::Timespec>,
+    /// The same of a pause, which never changes.
+    pause: Box<types::Timespec>,
     /// Where reads of the bell land; never looked at.
     strokes: Box<[u8; STROKES_MAX]>,
     /// Completions that were there before anyone asked, because the submission queue was full.
@@ -102,6 +104,9 @@ pub struct Ring {
 static STROKE: u8 = 1;
 /// Strokes that are silenced at once; if there are more, the bell goes on ringing.
 const STROKES_MAX: usize = 64;
+
+/// How long [`Ring::pause`] takes.
+pub const PAUSE: Duration = Duration::from_millis(2);
 
 impl Ring {
     /// Enables the ring for the calling thread, with room for `files` registered files.
@@ -126,6 +131,7 @@ impl Ring {
             files,
             buffers_registered: false,
             tick: Box::new(types::Timespec::new()),
+            pause: Box::new(types::Timespec::new().nsec(PAUSE.subsec_nanos())),
             strokes: Box::new([0; STROKES_MAX]),
             early: Vec::new(),
         })
@@ -304,6 +310,11 @@ impl Ring {
             .sec(after.as_secs())
             .nsec(after.subsec_nanos());
         self.push(opcode::Timeout::new(&*self.tick).build(), token);
+    }
+
+    /// Arms a one-shot timer of [`PAUSE`]. Any number of them may run.
+    pub fn pause(&mut self, token: Token) {
+        self.push(opcode::Timeout::new(&*self.pause).build(), token);
     }
 
     /// Silences a bell that has rung: the next ring is a new one.

@@ -18,6 +18,8 @@ pub enum Operation {
     ConnectionWrite,
     /// Room for ciphertext in a connection that had stalled.
     ConnectionWritable,
+    /// A connection that has enough under way looks again.
+    ConnectionPause,
     /// Cancels a connection's parked read or stuck write.
     Cancel,
     /// The worker's own bell has rung: commands or handed-over packets wait.
@@ -31,7 +33,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::TunPoll,
         Self::TunRead,
         Self::TunWrite,
@@ -39,6 +41,7 @@ impl Operation {
         Self::ConnectionRead,
         Self::ConnectionWrite,
         Self::ConnectionWritable,
+        Self::ConnectionPause,
         Self::Cancel,
         Self::Wake,
         Self::Silence,

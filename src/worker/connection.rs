@@ -1,6 +1,7 @@
 //! One TCP+TLS connection as its worker keeps it.
 
 use super::CloseCause;
+use super::path::Path;
 use super::waiting::Outgoing;
 use crate::proto::deframer::Deframer;
 use crate::proto::egress_queue::EgressQueue;
@@ -10,12 +11,11 @@ use crate::proto::packet;
 use crate::proto::route_table::ConnectionRef;
 use crate::proto::timer::Instant;
 use crate::stats::ConnectionStats;
-use crate::sys::congestion;
 use crate::tls::record::RecordLayer;
 use crate::uring::buffer::{Buffer, InFlight};
 use crate::uring::ring::FileSlot;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -175,8 +175,7 @@ pub(super) struct Connection {
     pub(super) accepts: Offloads,
     pub(super) life: Life,
     pub(super) clock: Clock,
-    /// Whether its congestion control may still change with the path.
-    pub(super) follows_path: bool,
+    pub(super) path: Path,
     /// Operations that the kernel still holds.
     pub(super) in_flight: u32,
 
@@ -202,6 +201,8 @@ pub(super) struct Connection {
     pub(super) recalled: Vec<u8>,
     /// Armed for the socket to take something again.
     pub(super) awaits_room: bool,
+    /// Enough is under way: a timer runs until the next look.
+    pub(super) pausing: bool,
     /// In the worker's list of connections to be pumped.
     pub(super) dirty: bool,
 }
@@ -211,19 +212,22 @@ impl Connection {
         matches!(self.life, Life::Open)
     }
 
-    /// Looks at the path, as long as that may change anything.
-    pub(super) fn follow_path(&mut self) {
-        if self.follows_path {
-            // An error means that the connection is about to end.
-            let settled = congestion::follow_path(self.socket.as_fd());
-            self.follows_path = !settled.unwrap_or(true);
-        }
+    /// Bytes that are sealed and that the socket has not taken.
+    pub(super) fn ahead_bytes(&self) -> usize {
+        let sending = self
+            .sending
+            .as_ref()
+            .map_or(0, |sending| sending.total - sending.sent);
+        let fill = self.fill.as_ref().map_or(0, Buffer::filled);
+        self.recalled.len() + sending + fill
     }
 
-    /// Makes known what waits for the connection.
+    /// Makes known what waits for the connection, and what is sealed.
     pub(super) fn show_queue(&self) {
         self.stats.queue_packets.set(self.queue.len() as u64);
         self.stats.queue_bytes.set(self.queue.bytes() as u64);
+        self.stats.ahead_bytes.set(self.ahead_bytes() as u64);
+        self.stats.ahead_bytes_max.set(self.path.ahead_bytes_max());
     }
 }
 

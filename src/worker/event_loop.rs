@@ -1,6 +1,7 @@
 //! The turn of a worker: reap everything, act on it, submit once.
 
 use super::connection::{Clock, Connection, Due, FLUSH_WITHIN, Life, PARK_AFTER, Receive};
+use super::path::Path;
 use super::{
     CloseCause, Command, Event, Handoff, Inlet, STOP_GRACE, WorkerError, WorkerInfo, WorkerSetup,
 };
@@ -226,6 +227,7 @@ impl Worker {
             | Operation::ConnectionRead
             | Operation::ConnectionWrite
             | Operation::ConnectionWritable
+            | Operation::ConnectionPause
             | Operation::Cancel => self.on_connection_completion(completion),
         }
         Ok(())
@@ -249,6 +251,7 @@ impl Worker {
             Operation::ConnectionRead => self.on_received(slot, completion),
             Operation::ConnectionWrite => self.on_sent(slot, completion),
             Operation::ConnectionWritable => self.on_writable(slot),
+            Operation::ConnectionPause => self.on_paused(slot),
             _ => {
                 if let Some(connection) = self.connection(slot) {
                     connection.parking = false;
@@ -360,7 +363,7 @@ impl Worker {
             return;
         }
         stats.received_at_nanos.set(self.now.as_nanos());
-        let mut connection = Connection {
+        let connection = Connection {
             reference,
             socket: handoff.socket,
             stats,
@@ -371,7 +374,7 @@ impl Worker {
             accepts: handoff.accepts,
             life: Life::Open,
             clock: Clock::new(self.now),
-            follows_path: handoff.follows_path,
+            path: Path::new(handoff.follows_path),
             in_flight: 0,
             receive: Receive::Parked,
             parking: false,
@@ -385,9 +388,9 @@ impl Worker {
             sending: None,
             recalled: Vec::new(),
             awaits_room: false,
+            pausing: false,
             dirty: false,
         };
-        connection.follow_path();
         if self.connections.len() <= slot {
             self.connections.resize_with(slot + 1, || None);
         }
@@ -514,9 +517,6 @@ impl Worker {
             Life::Draining { .. } => return,
         }
         connection.queue.release_memory(now);
-        if now.since(connection.clock.sent) < PARK_AFTER {
-            connection.follow_path();
-        }
         let quiet = now.since(connection.clock.received) >= PARK_AFTER;
         if quiet && !connection.parking && matches!(connection.receive, Receive::Reading(_)) {
             connection.parking = true;

@@ -19,6 +19,7 @@ mod event_loop;
 mod handover;
 mod inbound;
 mod outbound;
+mod path;
 mod waiting;
 
 use crate::proto::capsule::{Capsule, CloseReason};
@@ -105,7 +106,7 @@ pub struct Handoff {
     pub offload: Option<OffloadHeader>,
     /// What the peer was told that we accept.
     pub accepts: Offloads,
-    /// Whether its congestion control is chosen by the length of the path ([`congestion::follow_path`]).
+    /// Whether its congestion control is chosen by what its path is like ([`congestion::bear_losses`]).
     pub follows_path: bool,
 }
 

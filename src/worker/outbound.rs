@@ -19,6 +19,7 @@ use crate::uring::ring::Completion;
 use crate::uring::token::{Operation, Token};
 use nix::errno::Errno;
 use std::io;
+use std::os::fd::AsFd;
 
 /// Reads of the TUN queue that are submitted at once.
 const TUN_BATCH_MAX: usize = 16;
@@ -299,6 +300,16 @@ impl Worker {
         };
         let now = self.now;
         let mut result = Ok(());
+        let is_busy = connection.sending.is_some() || connection.path.is_held_back(now);
+        if is_busy || !connection.queue.is_empty() {
+            let socket = connection.socket.as_fd();
+            connection.path.look(socket, now, is_busy);
+        }
+        if connection.path.is_held_back(now) {
+            self.pause(connection);
+            return Ok(());
+        }
+        let ahead_bytes_max = connection.path.ahead_bytes_max() as usize;
         while let Some(popped) = connection.queue.pop(now) {
             let place = popped.place;
             let Some(mut outgoing) = self.heed(connection, popped.verdict, popped.packet) else {
@@ -318,6 +329,12 @@ impl Worker {
                 connection.stats.counters.dropped_unfit.add(1);
                 self.pool.release(outgoing.buffer);
                 continue;
+            }
+            // One packet may always be ahead, however large it is.
+            let ahead_bytes = connection.ahead_bytes();
+            if ahead_bytes + self.staging.len() > 0 && ahead_bytes + need > ahead_bytes_max {
+                self.wait(connection, place, outgoing);
+                break;
             }
             if !self.has_room(connection, need) {
                 result = result.and(self.flush_staging(connection));
@@ -360,6 +377,29 @@ impl Worker {
             }
         }
         result.and(self.flush_staging(connection))
+    }
+
+    /// Looks again when some of what is under way may have been acknowledged.
+    fn pause(&mut self, connection: &mut Connection) {
+        if connection.pausing || connection.queue.is_empty() {
+            return;
+        }
+        let reference = connection.reference;
+        let token = Token::new(
+            Operation::ConnectionPause,
+            reference.slot,
+            reference.generation,
+        );
+        self.ring.pause(token);
+        connection.in_flight += 1;
+        connection.pausing = true;
+    }
+
+    pub(super) fn on_paused(&mut self, slot: usize) {
+        if let Some(connection) = self.connection(slot) {
+            connection.pausing = false;
+            self.mark_dirty(slot);
+        }
     }
 
     fn flush_staging(&mut self, connection: &mut Connection) -> Result<(), RecordError> {
@@ -529,6 +569,7 @@ impl Worker {
         if let Ok(bytes) = completion.result() {
             let counters = &connection.stats.counters;
             counters.sent_stream_bytes.add(bytes as u64);
+            connection.path.on_sent(bytes);
         }
         let mut failed = None;
         match completion.result() {

@@ -1,0 +1,442 @@
+//! How far ahead of the network a connection may seal, and how much it may have under way.
+//!
+//! What is sealed cannot be overtaken any more, be it in a chunk, in the socket, or in the queue of a bottleneck that the
+//! congestion control has filled. So both are kept to what the path takes soon, by what the kernel measures
+//! of it (TCP_INFO): a [`Sample`] goes in every now and then, limits come out.
+//!
+//! - **ahead**: bytes that are sealed and not sent, in our memory and again as much in the socket (TCP_NOTSENT_LOWAT):
+//!   what the path delivers in [`AHEAD`].
+//! - **under way**: bytes that the socket holds, sent ones that have not arrived included: a little more than what
+//!   the path delivers in its shortest round trip. More would only wait in front of the bottleneck. Where round trips stay
+//!   long all the same, somebody else fills that queue, and whoever holds back there gets nothing: then nothing is
+//!   limited for a while.
+//!
+//! The rate is measured between samples and not taken from the kernel, which forgets no rate as long as it has nothing to
+//! send (`tcp_rate_gen`), and that is just what these limits make of it.
+
+use super::timer::Instant;
+use std::time::Duration;
+
+/// What may be ahead is what the path delivers in this time: longer than a worker is ever away for, shorter than anybody
+/// hears.
+pub const AHEAD: Duration = Duration::from_millis(4);
+/// Less is never asked for: a few segments, so that a slow path is not left idle for want of a packet.
+pub const AHEAD_BYTES_MIN: u64 = 8 * 1024;
+/// More is of no use: a chunk that is written, and one that is filled.
+pub const AHEAD_BYTES_MAX: u64 = 1024 * 1024;
+/// Less than this under way would be held up by delayed acknowledgements.
+pub const UNDER_WAY_BYTES_MIN: u64 = 16 * 1024;
+/// A path whose shortest round trip takes longer is not local.
+const LOCAL_RTT_MAX: Duration = Duration::from_millis(2);
+/// A queue that makes the average round trip longer than this is worth keeping short, however short the path is.
+const QUEUED_RTT_MAX: Duration = Duration::from_millis(50);
+/// A path that is full has so much more under way than its shortest round trip asks for: a share of that (per cent), and
+/// what it delivers in a time that covers the worker's own pauses.
+const FULL_PERCENT: u32 = 110;
+const FULL_SLACK: Duration = Duration::from_millis(4);
+/// The same share while the rate still grows. In slow start twice as much is under way in each round trip, and a rate is
+/// known one round trip later.
+const GROWING_PERCENT: u32 = 400;
+/// A rate is measured over a round trip, and this at least.
+const MEASURING_MIN: Duration = Duration::from_millis(10);
+/// The rate that counts is the highest of the last one to two windows of so many round trips.
+const WINDOW_ROUND_TRIPS: u32 = 4;
+/// But a window is at least so long.
+const WINDOW_MIN: Duration = Duration::from_millis(200);
+/// A path whose rate grows by less than this from one window to the next is full (per cent).
+const GROWTH_MIN_PERCENT: u64 = 125;
+/// Round trips longer than what is under way explains, by this share (per cent) and this time, are somebody else's doing.
+const EXPLAINED_PERCENT: u32 = 125;
+const EXPLAINED_SLACK: Duration = Duration::from_millis(2);
+/// For how long nothing is limited then.
+const COMPETING: Duration = Duration::from_secs(10);
+/// A path is lossy that has had so many segments sent again since it was full, and at least one of so many.
+const LOSSES_MIN: u64 = 4;
+const LOSSY_ONE_OF: u64 = 500;
+/// What is counted for that is halved beyond so many segments, so that it is the present that counts.
+const LOSS_MEMORY_SEGMENTS: u64 = 20_000;
+
+const _: () = assert!(AHEAD_BYTES_MIN < AHEAD_BYTES_MAX);
+
+/// Whether a path with these round trips, shortest and average, is within a host or a rack and has no long queue.
+pub fn is_local(shortest: Duration, average: Duration) -> bool {
+    shortest <= LOCAL_RTT_MAX && average <= QUEUED_RTT_MAX
+}
+
+/// What is known of a connection at one moment.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Sample {
+    /// Segments that have arrived at the other end since the connection began; wraps around.
+    pub delivered_segments: u32,
+    /// Segments sent again since the connection began; wraps around.
+    pub retransmitted_segments: u32,
+    /// Bytes of a segment.
+    pub segment_bytes: u32,
+    /// Bytes that the socket holds, not sent or under way.
+    pub held_bytes: u64,
+    /// The shortest round trip of late; zero before there was one.
+    pub rtt_min: Duration,
+    /// The average round trip.
+    pub rtt: Duration,
+    /// Whether there is more to send than is taken. Otherwise a low rate says nothing about the path.
+    pub is_busy: bool,
+}
+
+/// The limits of one connection.
+#[derive(Clone, Debug, Default)]
+pub struct SendLimit {
+    latest: Sample,
+    /// Where the present measurement began.
+    from: Option<(Instant, Sample)>,
+    /// The highest rates of the window before and of this one, in bytes a second; zero before there was one.
+    before: u64,
+    highest: u64,
+    window_began: Instant,
+    /// Whether all round trips of this window were longer than what is under way explains.
+    is_crowded: bool,
+    /// Until when nothing is limited.
+    competing_until: Instant,
+    /// A window has passed in which the rate hardly grew.
+    is_full: bool,
+    /// Segments that were sent again and that arrived since then.
+    retransmitted: u64,
+    delivered: u64,
+}
+
+impl SendLimit {
+    /// Nothing is known of the path yet, and so nothing is limited.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes in how things stand now.
+    pub fn observe(&mut self, now: Instant, sample: Sample) {
+        let was_held_back = self.is_held_back(now);
+        let before = std::mem::replace(&mut self.latest, sample);
+        self.count_losses(before);
+        let explained = self.explained_rtt();
+        self.is_crowded &= was_held_back && explained.is_some_and(|rtt| sample.rtt > rtt);
+        let Some((began, from)) = self.from else {
+            self.from = Some((now, sample));
+            return;
+        };
+        let passed = now.since(began);
+        if passed < sample.rtt_min.max(MEASURING_MIN) {
+            return;
+        }
+        self.from = Some((now, sample));
+        let segments = sample
+            .delivered_segments
+            .wrapping_sub(from.delivered_segments);
+        let bytes = u128::from(segments) * u128::from(sample.segment_bytes);
+        let rate = saturate(bytes * 1_000_000 / passed.as_micros());
+        let was_busy = from.is_busy && sample.is_busy;
+        if !sample.rtt_min.is_zero() && (was_busy || Some(rate) > self.rate()) {
+            self.count_rate(now, rate);
+        }
+    }
+
+    fn count_losses(&mut self, before: Sample) {
+        if !self.is_full {
+            return;
+        }
+        let latest = &self.latest;
+        let sent_again = latest
+            .retransmitted_segments
+            .wrapping_sub(before.retransmitted_segments);
+        let arrived = latest
+            .delivered_segments
+            .wrapping_sub(before.delivered_segments);
+        self.retransmitted += u64::from(sent_again);
+        self.delivered += u64::from(arrived);
+        if self.delivered > LOSS_MEMORY_SEGMENTS {
+            self.retransmitted /= 2;
+            self.delivered /= 2;
+        }
+    }
+
+    fn count_rate(&mut self, now: Instant, rate: u64) {
+        let window = (self.latest.rtt_min.saturating_mul(WINDOW_ROUND_TRIPS)).max(WINDOW_MIN);
+        if self.highest == 0 {
+            self.window_began = now;
+        } else if now.since(self.window_began) >= window {
+            let grew = self.highest > self.before.saturating_mul(GROWTH_MIN_PERCENT) / 100;
+            self.is_full |= self.before > 0 && !grew;
+            if self.is_crowded && self.is_full {
+                self.competing_until = now + COMPETING;
+            }
+            self.is_crowded = true;
+            self.before = self.highest;
+            self.highest = 0;
+            self.window_began = now;
+        }
+        self.highest = self.highest.max(rate);
+    }
+
+    /// The socket took `bytes`.
+    pub fn sent(&mut self, bytes: usize) {
+        self.latest.held_bytes = self.latest.held_bytes.saturating_add(bytes as u64);
+    }
+
+    /// How fast the path delivers, in bytes a second; `None` before that is known.
+    pub fn rate(&self) -> Option<u64> {
+        let rate = self.before.max(self.highest);
+        (rate > 0).then_some(rate)
+    }
+
+    /// How many bytes may be sealed and not yet taken by the socket, and how many the socket may hold unsent.
+    pub fn ahead_bytes_max(&self) -> u64 {
+        match self.rate() {
+            Some(rate) => delivered_in(rate, AHEAD).clamp(AHEAD_BYTES_MIN, AHEAD_BYTES_MAX),
+            None => AHEAD_BYTES_MAX,
+        }
+    }
+
+    /// How many bytes the socket may hold in all; `None` where that does not matter, or nothing is known yet.
+    pub fn under_way_bytes_max(&self, now: Instant) -> Option<u64> {
+        if now < self.competing_until || self.is_local() {
+            return None;
+        }
+        self.under_way_bytes()
+    }
+
+    fn under_way_bytes(&self) -> Option<u64> {
+        let percent = if self.is_full {
+            FULL_PERCENT
+        } else {
+            GROWING_PERCENT
+        };
+        let time = self.latest.rtt_min.saturating_mul(percent) / 100 + FULL_SLACK;
+        Some(delivered_in(self.rate()?, time).max(UNDER_WAY_BYTES_MIN))
+    }
+
+    /// The longest round trip that is of our own making.
+    fn explained_rtt(&self) -> Option<Duration> {
+        let bytes = u128::from(self.under_way_bytes()?);
+        let micros = bytes * 1_000_000 / u128::from(self.rate()?);
+        let own = Duration::from_micros(saturate(micros));
+        Some(own.saturating_mul(EXPLAINED_PERCENT) / 100 + EXPLAINED_SLACK)
+    }
+
+    /// Whether the socket holds all that should be under way: nothing is to be sealed until some of it has arrived.
+    pub fn is_held_back(&self, now: Instant) -> bool {
+        self.under_way_bytes_max(now)
+            .is_some_and(|max| self.latest.held_bytes >= max)
+    }
+
+    /// Whether the path is so short that what is under way does not matter.
+    pub fn is_local(&self) -> bool {
+        is_local(self.latest.rtt_min, self.latest.rtt)
+    }
+
+    /// Whether the path loses what does not fill its queues.
+    pub fn is_lossy(&self) -> bool {
+        self.retransmitted >= LOSSES_MIN && self.retransmitted * LOSSY_ONE_OF >= self.delivered
+    }
+}
+
+fn delivered_in(bytes_per_second: u64, time: Duration) -> u64 {
+    saturate(u128::from(bytes_per_second) * time.as_micros() / 1_000_000)
+}
+
+fn saturate(value: u128) -> u64 {
+    u64::try_from(value).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rstest::rstest;
+
+    const RTT: Duration = Duration::from_millis(40);
+    const SEGMENT: u64 = 1250;
+
+    /// A connection that is looked at every 10 ms.
+    struct Watched {
+        limit: SendLimit,
+        now: Instant,
+        sample: Sample,
+    }
+
+    impl Watched {
+        fn new() -> Self {
+            Self {
+                limit: SendLimit::new(),
+                now: Instant::ZERO,
+                sample: Sample {
+                    segment_bytes: SEGMENT as u32,
+                    rtt_min: RTT,
+                    rtt: RTT,
+                    is_busy: true,
+                    ..Sample::default()
+                },
+            }
+        }
+
+        /// For so many milliseconds, a multiple of ten. A megabit a second is a segment in 10 ms.
+        fn delivers(&mut self, megabits: u64, milliseconds: u64) -> &mut Self {
+            for _ in 0..milliseconds / 10 {
+                self.now += Duration::from_millis(10);
+                self.sample.delivered_segments += megabits as u32;
+                self.limit.observe(self.now, self.sample);
+            }
+            self
+        }
+
+        fn under_way_bytes_max(&self) -> Option<u64> {
+            self.limit.under_way_bytes_max(self.now)
+        }
+    }
+
+    fn holds(megabits: u64, milliseconds: u64) -> u64 {
+        megabits * 125 * milliseconds
+    }
+
+    #[rstest]
+    #[case::rack(100, 300, true)]
+    #[case::busy_rack(100, 40_000, true)]
+    #[case::deep_queue_nearby(500, 400_000, false)]
+    #[case::across_town(4000, 4500, false)]
+    #[case::around_the_world(250_000, 260_000, false)]
+    fn long_paths_and_deep_queues_are_not_local(
+        #[case] shortest: u64,
+        #[case] average: u64,
+        #[case] local: bool,
+    ) {
+        let (shortest, average) = (
+            Duration::from_micros(shortest),
+            Duration::from_micros(average),
+        );
+        assert_eq!(is_local(shortest, average), local);
+    }
+
+    #[test]
+    fn nothing_is_limited_before_anything_is_known() {
+        let mut watched = Watched::new();
+        watched.sample.rtt_min = Duration::ZERO;
+        watched.delivers(20, 1000);
+        assert_eq!(watched.limit.rate(), None);
+        assert_eq!(watched.limit.ahead_bytes_max(), AHEAD_BYTES_MAX);
+        assert_eq!(watched.under_way_bytes_max(), None);
+    }
+
+    #[test]
+    fn a_slow_path_has_milliseconds_ahead_and_a_fast_one_a_chunk() {
+        let ahead = |megabits| {
+            let mut watched = Watched::new();
+            watched.delivers(megabits, 100);
+            watched.limit.ahead_bytes_max()
+        };
+        assert_eq!(ahead(1), AHEAD_BYTES_MIN);
+        assert_eq!(ahead(100), holds(100, 4));
+        assert_eq!(ahead(10_000), AHEAD_BYTES_MAX);
+    }
+
+    #[test]
+    fn a_full_path_has_little_more_under_way_than_it_holds() {
+        let mut watched = Watched::new();
+        watched.delivers(20, 100);
+        assert_eq!(watched.under_way_bytes_max(), Some(holds(20, 160 + 4)));
+        watched.delivers(20, 600);
+        assert_eq!(watched.under_way_bytes_max(), Some(holds(20, 44 + 4)));
+        assert!(!watched.limit.is_held_back(watched.now));
+        watched.limit.sent(holds(20, 44 + 4) as usize);
+        assert!(watched.limit.is_held_back(watched.now));
+        watched.sample.rtt_min = LOCAL_RTT_MAX;
+        assert_eq!(watched.delivers(20, 10).under_way_bytes_max(), None);
+    }
+
+    #[test]
+    fn a_path_that_is_still_found_out_is_not_held_back() {
+        let mut watched = Watched::new();
+        for window in 0..6 {
+            watched.delivers(10 << window, 210);
+        }
+        assert!(watched.under_way_bytes_max() >= Some(holds(10 << 5, 160)));
+    }
+
+    #[test]
+    fn a_rate_that_falls_is_forgotten_within_some_windows() {
+        let mut watched = Watched::new();
+        watched.delivers(50, 1000).delivers(5, 600);
+        assert_eq!(watched.limit.rate(), Some(5 * 125_000));
+    }
+
+    #[test]
+    fn a_path_that_has_nothing_to_carry_is_no_slower() {
+        let mut watched = Watched::new();
+        watched.delivers(50, 1000);
+        watched.sample.is_busy = false;
+        watched.delivers(1, 5000);
+        assert_eq!(watched.limit.rate(), Some(50 * 125_000));
+        watched.delivers(80, 100);
+        assert_eq!(watched.limit.rate(), Some(80 * 125_000));
+    }
+
+    #[test]
+    fn nobody_holds_back_where_others_fill_the_queue() {
+        let mut watched = Watched::new();
+        watched.delivers(20, 1000);
+        watched.sample.held_bytes = holds(20, 60);
+        watched.delivers(20, 1000);
+        assert!(
+            watched.limit.is_held_back(watched.now),
+            "a queue of our own"
+        );
+        watched.sample.rtt = RTT * 4;
+        watched.delivers(10, 1000);
+        assert_eq!(watched.under_way_bytes_max(), None);
+        watched.sample.rtt = RTT;
+        watched.delivers(20, 10_000);
+        assert!(watched.limit.is_held_back(watched.now), "they have gone");
+    }
+
+    #[test]
+    fn losses_on_a_path_that_is_not_full_of_our_own_are_its_nature() {
+        let mut watched = Watched::new();
+        watched.sample.retransmitted_segments = 50;
+        watched.delivers(20, 1000);
+        assert!(!watched.limit.is_lossy(), "that was slow start");
+        watched.sample.retransmitted_segments += 3;
+        watched.delivers(20, 100);
+        assert!(!watched.limit.is_lossy(), "may happen");
+        watched.delivers(100, 20_000);
+        watched.sample.retransmitted_segments += 30;
+        watched.delivers(100, 10);
+        assert!(!watched.limit.is_lossy(), "30 of 20,000");
+        watched.sample.retransmitted_segments += 30;
+        watched.delivers(100, 10);
+        assert!(watched.limit.is_lossy());
+    }
+
+    proptest! {
+        /// Whatever the kernel says, in whatever time: limits stay within their bounds.
+        #[test]
+        fn limits_stay_within_bounds(
+            samples in prop::collection::vec(
+                (any::<[u32; 3]>(), any::<[u64; 3]>(), any::<bool>(), any::<u32>()),
+                1..50,
+            ),
+        ) {
+            let mut limit = SendLimit::new();
+            let mut now = Instant::ZERO;
+            for (segments, values, is_busy, step_micros) in samples {
+                now += Duration::from_micros(step_micros.into());
+                limit.observe(now, Sample {
+                    delivered_segments: segments[0],
+                    retransmitted_segments: segments[1],
+                    segment_bytes: segments[2],
+                    held_bytes: values[0],
+                    rtt_min: Duration::from_nanos(values[1]),
+                    rtt: Duration::from_nanos(values[2]),
+                    is_busy,
+                });
+                prop_assert!((AHEAD_BYTES_MIN..=AHEAD_BYTES_MAX).contains(&limit.ahead_bytes_max()));
+                let max = limit.under_way_bytes_max(now);
+                prop_assert!(max.is_none_or(|bytes| bytes >= UNDER_WAY_BYTES_MIN));
+                limit.is_lossy();
+            }
+        }
+    }
+}

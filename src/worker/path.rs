@@ -1,0 +1,83 @@
+//! What a connection knows of its path, and how much it may send because of that.
+
+use crate::proto::send_limit::SendLimit;
+use crate::proto::timer::Instant;
+use crate::sys::{congestion, socket, tcp_info};
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+/// While a connection sends, it looks at its path this often.
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+/// One that has enough under way looks this often, as only the kernel knows what has arrived.
+const HELD_BACK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// One connection's path.
+pub(super) struct Path {
+    /// Whether the congestion control may still change with the path.
+    follows: bool,
+    limit: SendLimit,
+    looked_at: Instant,
+    /// What the kernel was last told to hold unsent.
+    unsent_bytes_max: u64,
+}
+
+impl Path {
+    /// Nothing is known yet. `follows`: the congestion control is chosen by what the path is like.
+    pub(super) fn new(follows: bool) -> Self {
+        Self {
+            follows,
+            limit: SendLimit::new(),
+            looked_at: Instant::ZERO,
+            unsent_bytes_max: u64::from(socket::NOTSENT_LOWAT_BYTES),
+        }
+    }
+
+    /// Has a look if it is time for one. `is_busy`: there is more to send than is taken.
+    pub(super) fn look(&mut self, socket: BorrowedFd<'_>, now: Instant, is_busy: bool) {
+        let interval = if self.is_held_back(now) {
+            HELD_BACK_INTERVAL
+        } else {
+            LOOK_INTERVAL
+        };
+        if now.since(self.looked_at) < interval {
+            return;
+        }
+        self.looked_at = now;
+        let Ok(sample) = tcp_info::sample(socket, is_busy) else {
+            return; // The connection is about to end.
+        };
+        self.limit.observe(now, sample);
+        self.limit_unsent(socket);
+        if self.follows && self.limit.is_lossy() && !self.limit.is_local() {
+            self.follows = false;
+            congestion::bear_losses(socket);
+        }
+    }
+
+    fn limit_unsent(&mut self, socket: BorrowedFd<'_>) {
+        let wanted = self
+            .ahead_bytes_max()
+            .min(u64::from(socket::NOTSENT_LOWAT_BYTES));
+        // Not for every wobble.
+        if wanted.abs_diff(self.unsent_bytes_max) > self.unsent_bytes_max / 4
+            && socket::limit_unsent(socket, wanted as u32).is_ok()
+        {
+            self.unsent_bytes_max = wanted;
+        }
+    }
+
+    /// The socket took `bytes`.
+    pub(super) fn on_sent(&mut self, bytes: usize) {
+        self.limit.sent(bytes);
+    }
+
+    /// Bytes that may be sealed and not yet taken by the socket.
+    pub(super) fn ahead_bytes_max(&self) -> u64 {
+        self.limit.ahead_bytes_max()
+    }
+
+    /// Whether nothing is to be sealed until some of what is under way has arrived.
+    pub(super) fn is_held_back(&self, now: Instant) -> bool {
+        self.limit.is_held_back(now)
+    }
+}
