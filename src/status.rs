@@ -187,6 +187,9 @@ pub struct Connection {
     pub age_seconds: f64,
     /// How long ago something was received.
     pub received_age_seconds: f64,
+    /// Whether a keepalive stays unanswered; then the session's other connections have its flows.
+    #[serde(default)]
+    pub silent: bool,
     /// The application protocol, by ALPN; empty if none was asked for.
     pub alpn: String,
     /// TLS: the cipher suite.
@@ -280,6 +283,7 @@ pub(crate) mod examples {
             worker: 1,
             age_seconds: 75.0,
             received_age_seconds: 0.25,
+            silent: false,
             alpn: "http/1.1".into(),
             cipher_suite: "TLS13_AES_128_GCM_SHA256".into(),
             key_exchange: "X25519MLKEM768".into(),

@@ -2,7 +2,7 @@
 //!
 //! Each connection has a place (its ordinal) in the session. A place whose connection is gone, or is silent, gets a
 //! task that tries until it has a new one; the old one, if it is still there, is closed when the new one carries
-//! packets.
+//! packets. Meanwhile its flows use the other connections.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -30,7 +30,7 @@ use crate::keeper::{Link, Notices, SetupFds};
 use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::http::InstanceId;
 use crate::proto::offload::Offloads;
-use crate::proto::route_table::{ConnectionRef, RouteTable, SessionId, SessionRoute};
+use crate::proto::route_table::{ConnectionRef, Member, RouteTable, SessionId, SessionRoute};
 use crate::status::{Report, Role, State};
 use crate::sys::route;
 use crate::tls::certificate::{Trust, client_config};
@@ -278,9 +278,18 @@ async fn fill_place(dialling: Rc<Dialling>, ordinal: u8, mut network: watch::Rec
 /// One connection's place in the session.
 #[derive(Default)]
 struct Place {
-    current: Option<(ConnectionRef, SocketAddr)>,
+    current: Option<Current>,
     /// A task is looking for the next one.
     dialling: bool,
+}
+
+/// The connection that a place has.
+struct Current {
+    connection: ConnectionRef,
+    /// The server's end.
+    address: SocketAddr,
+    /// A keepalive stays unanswered.
+    silent: bool,
 }
 
 /// The session.
@@ -435,14 +444,17 @@ impl Client {
             accepts: self.accepts,
             follows_path: self.config.congestion_control == CongestionControl::Auto,
         });
-        let former = self.places[usize::from(ordinal)]
-            .current
-            .replace((connection, opened.address));
+        let former = self.places[usize::from(ordinal)].current.replace(Current {
+            connection,
+            address: opened.address,
+            silent: false,
+        });
         self.publish_routes();
         // Now, and not before, the host may send packets into the tunnel: the workers know where to put them.
         self.apply_terms().await?;
-        if let Some((former, _)) = former {
-            self.workers.close(former, Some(CloseReason::Replaced));
+        if let Some(former) = former {
+            self.workers
+                .close(former.connection, Some(CloseReason::Replaced));
         }
 
         if first {
@@ -515,10 +527,13 @@ impl Client {
                 }
             }
             Event::Unresponsive { connection } => {
-                if let Some(ordinal) = self.place_of(connection) {
+                if let Some(ordinal) = self.set_silent(connection, true) {
                     tracing::info!("the server is silent: trying a new connection");
                     self.dial(ordinal);
                 }
+            }
+            Event::Responsive { connection } => {
+                self.set_silent(connection, false);
             }
             Event::Closed { connection, cause } => self.closed(connection, &cause),
             Event::Fatal { worker, error } => {
@@ -529,6 +544,16 @@ impl Client {
             }
         }
         Ok(())
+    }
+
+    /// A keepalive stays unanswered, or the connection is heard from again. Returns the place that has it.
+    fn set_silent(&mut self, connection: ConnectionRef, silent: bool) -> Option<u8> {
+        let ordinal = self.place_of(connection)?;
+        if let Some(current) = &mut self.places[usize::from(ordinal)].current {
+            current.silent = silent;
+        }
+        self.publish_routes();
+        Some(ordinal)
     }
 
     fn closed(&mut self, connection: ConnectionRef, cause: &CloseCause) {
@@ -547,9 +572,8 @@ impl Client {
 
     fn place_of(&self, connection: ConnectionRef) -> Option<u8> {
         let holds = |place: &Place| {
-            place
-                .current
-                .is_some_and(|(current, _)| current == connection)
+            let current = place.current.as_ref();
+            current.is_some_and(|current| current.connection == connection)
         };
         self.places
             .iter()
@@ -560,16 +584,13 @@ impl Client {
     /// What `ringtun status` shows of this.
     fn report(&self) -> Report {
         let settings = self.terms.settings(self.config.dns.as_deref());
-        let connections = self.places.iter().enumerate();
         let session = crate::status::Session {
             peer: None,
             instance: self.dialling.server.instance.to_string(),
             addresses: settings.addresses.iter().map(IpNet::addr).collect(),
-            connections: connections
-                .filter_map(|(ordinal, place)| {
-                    let (reference, _) = place.current?;
-                    connection(&self.workers, ordinal as u8, reference)
-                })
+            connections: self
+                .members()
+                .filter_map(|member| connection(&self.workers, member))
                 .collect(),
         };
         let (state, since) = self.state;
@@ -593,17 +614,22 @@ impl Client {
         report
     }
 
+    /// The connections that there are.
+    fn members(&self) -> impl Iterator<Item = Member> {
+        let places = self.places.iter().enumerate();
+        places.filter_map(|(ordinal, place)| {
+            let current = place.current.as_ref()?;
+            Some(Member {
+                ordinal: ordinal as u8,
+                connection: current.connection,
+                silent: current.silent,
+            })
+        })
+    }
+
     fn publish_routes(&self) {
-        let connections = self
-            .places
-            .iter()
-            .filter_map(|place| place.current)
-            .map(|(connection, _)| connection);
-        self.workers
-            .set_routes(Arc::new(RouteTable::client(SessionRoute {
-                session: SessionId(0),
-                connections: connections.collect(),
-            })));
+        let route = SessionRoute::new(SessionId(0), self.members());
+        self.workers.set_routes(Arc::new(RouteTable::client(route)));
     }
 
     /// Has the keeper renew the exception routes of all connections: asking for a socket does.
@@ -611,8 +637,8 @@ impl Client {
         let mut servers: Vec<IpAddr> = self
             .places
             .iter()
-            .filter_map(|place| place.current)
-            .map(|(_, address)| address.ip())
+            .filter_map(|place| place.current.as_ref())
+            .map(|current| current.address.ip())
             .collect();
         servers.dedup();
         for server in servers {

@@ -83,8 +83,9 @@ pub async fn run(
             Some(event) = happened.recv() => match event {
                 Event::Capsule { connection, capsule } => house.tunnels.borrow_mut().received(connection, &capsule),
                 Event::Closed { connection, cause } => house.tunnels.borrow_mut().closed(connection, &cause),
-                // The client has the same clock and knows how to reach us; we cannot reach it.
-                Event::Unresponsive { .. } => {}
+                // The client has the same clock and makes a new one; meanwhile the others have the silent one's flows.
+                Event::Unresponsive { connection } => house.tunnels.borrow_mut().set_silent(connection, true),
+                Event::Responsive { connection } => house.tunnels.borrow_mut().set_silent(connection, false),
                 Event::Fatal { worker, error } => {
                     break Ending::failed(format!("worker {worker} stopped: {}", super::chain(&error)));
                 }

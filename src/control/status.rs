@@ -17,7 +17,7 @@ use super::runtime::spawn;
 use crate::config::IoMode;
 use crate::keeper::request::Origin;
 use crate::proto::offload::Offloads;
-use crate::proto::route_table::ConnectionRef;
+use crate::proto::route_table::Member;
 use crate::status::query::{ANSWER_TIME, REQUEST};
 use crate::status::{self, Connection, FORMAT, Report, Role, Worker, WorkerIo};
 use crate::sys::tcp_info::tcp_info;
@@ -214,7 +214,8 @@ fn worker_io(info: WorkerInfo) -> WorkerIo {
 }
 
 /// One connection, unless its worker has just closed it.
-pub fn connection(workers: &Workers, ordinal: u8, reference: ConnectionRef) -> Option<Connection> {
+pub fn connection(workers: &Workers, member: Member) -> Option<Connection> {
+    let reference = member.connection;
     let info = workers.connection(reference)?;
     let epoch = workers.infos().nth(usize::from(reference.worker))?.epoch;
     let socket = info.socket.upgrade()?;
@@ -222,12 +223,13 @@ pub fn connection(workers: &Workers, ordinal: u8, reference: ConnectionRef) -> O
     let peer = peer.as_socket()?;
     let received = epoch + Duration::from_nanos(info.stats.received_at_nanos.get());
     Some(Connection {
-        ordinal,
+        ordinal: member.ordinal,
         peer_address: SocketAddr::new(peer.ip().to_canonical(), peer.port()),
         worker: reference.worker,
         age_seconds: info.since.elapsed().as_secs_f64(),
         // Until the worker has taken it over, nothing was received.
         received_age_seconds: received.max(info.since).elapsed().as_secs_f64(),
+        silent: member.silent,
         alpn: info.agreed.alpn.to_owned(),
         cipher_suite: info.agreed.cipher_suite.to_owned(),
         key_exchange: info.agreed.key_exchange.to_owned(),

@@ -233,6 +233,13 @@ impl Tunnels {
         }
     }
 
+    /// A keepalive of a connection stays unanswered, or it is heard from again.
+    pub fn set_silent(&mut self, connection: ConnectionRef, silent: bool) {
+        if self.sessions.set_silent(connection, silent) {
+            self.publish_routes();
+        }
+    }
+
     /// A peer said something that is not about packets.
     pub fn received(&mut self, connection: ConnectionRef, capsule: &Capsule) {
         let Some(session) = self.sessions.of(connection) else {
@@ -263,7 +270,7 @@ impl Tunnels {
                 addresses: session.addresses().into(),
                 connections: session
                     .connections()
-                    .filter_map(|(ordinal, reference)| connection(workers, ordinal, reference))
+                    .filter_map(|member| connection(workers, member))
                     .collect(),
             })
             .collect();

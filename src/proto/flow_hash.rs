@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use super::packet::{self, PROTOCOL_TCP, PROTOCOL_UDP};
 
 /// The first 256 bits of the fraction of pi: nothing up the sleeve.
-const KEY: [u64; 4] = [
+pub(super) const KEY: [u64; 4] = [
     0x243f_6a88_85a3_08d3,
     0x1319_8a2e_0370_7344,
     0xa409_3822_299f_31d0,
@@ -25,7 +25,7 @@ const PROTOCOL_UDP_LITE: u8 = 136;
 
 /// The hash of the flow that an IP packet belongs to; 0 for what is not an IP packet.
 ///
-/// All 32 bits are equally good. [`super::route_table::RouteTable::lookup`] uses the high ones to choose a
+/// All 32 bits are equally good. [`super::route_table::RouteTable::lookup`] uses the eight highest to choose a
 /// connection; flow queues should use the low ones.
 #[inline]
 pub fn flow_hash(packet: &[u8]) -> u32 {
@@ -88,7 +88,7 @@ fn combine(a: u64, b: u64, protocol: u8) -> u32 {
 }
 
 #[inline]
-fn multiply_fold(a: u64, b: u64) -> u64 {
+pub(super) fn multiply_fold(a: u64, b: u64) -> u64 {
     let product = u128::from(a) * u128::from(b);
     (product >> 64) as u64 ^ product as u64
 }

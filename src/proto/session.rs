@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use super::address_pool::Lease;
 use super::capsule::{AssignedAddress, CloseReason};
 use super::http::InstanceId;
-use super::route_table::{ConnectionRef, RouteTable, SessionId, SessionRoute};
+use super::route_table::{ConnectionRef, Member, RouteTable, SessionId, SessionRoute};
 
 /// Connections of one session, at most: what the highest ordinal allows.
 pub const SESSION_CONNECTIONS_MAX: usize = 16;
@@ -61,7 +61,8 @@ pub struct Session {
     pub instance: InstanceId,
     /// Its addresses.
     pub lease: Lease,
-    connections: BTreeMap<u8, ConnectionRef>,
+    /// By ordinal.
+    connections: BTreeMap<u8, Member>,
 }
 
 /// All sessions of a server.
@@ -117,9 +118,14 @@ impl Sessions {
             .by_peer
             .get_mut(arrival.peer)
             .expect("it was there or has been inserted");
-        if let Some(replaced) = session.connections.insert(ordinal, arrival.connection) {
-            self.peers.remove(&replaced);
-            closed.push((replaced, CloseReason::Replaced));
+        let member = Member {
+            ordinal,
+            connection: arrival.connection,
+            silent: false,
+        };
+        if let Some(replaced) = session.connections.insert(ordinal, member) {
+            self.peers.remove(&replaced.connection);
+            closed.push((replaced.connection, CloseReason::Replaced));
         }
         self.routes.insert(&session.addresses(), session.route());
         self.peers
@@ -147,10 +153,11 @@ impl Sessions {
 
     fn forget(&mut self, session: Session) -> impl Iterator<Item = ConnectionRef> + use<> {
         self.routes.remove(&session.addresses(), session.id);
-        for connection in session.connections.values() {
-            self.peers.remove(connection);
+        for member in session.connections.values() {
+            self.peers.remove(&member.connection);
         }
-        session.connections.into_values()
+        let members = session.connections.into_values();
+        members.map(|member| member.connection)
     }
 
     /// A connection is gone. Its session stays, so that a client that comes back is not a newcomer.
@@ -163,8 +170,32 @@ impl Sessions {
             .by_peer
             .get_mut(&peer)
             .expect("a connection's session is there");
-        session.connections.retain(|_, other| *other != connection);
+        let others = |_: &u8, member: &mut Member| member.connection != connection;
+        session.connections.retain(others);
         self.routes.insert(&session.addresses(), session.route());
+        true
+    }
+
+    /// A keepalive of the connection stays unanswered, or it is heard from again. Returns whether the routes change.
+    pub fn set_silent(&mut self, connection: ConnectionRef, silent: bool) -> bool {
+        let Some(session) = self
+            .peers
+            .get(&connection)
+            .and_then(|peer| self.by_peer.get_mut(peer))
+        else {
+            return false;
+        };
+        let before = session.route();
+        for member in session.connections.values_mut() {
+            if member.connection == connection {
+                member.silent = silent;
+            }
+        }
+        let route = session.route();
+        if route == before {
+            return false;
+        }
+        self.routes.insert(&session.addresses(), route);
         true
     }
 
@@ -214,19 +245,14 @@ impl Session {
         [self.lease.v4.into(), self.lease.v6.into()]
     }
 
-    /// Its connections with their ordinals.
-    pub fn connections(&self) -> impl Iterator<Item = (u8, ConnectionRef)> {
-        self.connections
-            .iter()
-            .map(|(ordinal, connection)| (*ordinal, *connection))
+    /// Its connections, by ordinal.
+    pub fn connections(&self) -> impl Iterator<Item = Member> {
+        self.connections.values().copied()
     }
 
-    /// Its connections, by ordinal.
+    /// Its flows, shared out among its connections.
     pub fn route(&self) -> SessionRoute {
-        SessionRoute {
-            session: self.id,
-            connections: self.connections.values().copied().collect(),
-        }
+        SessionRoute::new(self.id, self.connections())
     }
 }
 
@@ -317,7 +343,7 @@ mod tests {
         sessions
             .routes()
             .route(address)
-            .map(|route| route.connections.clone())
+            .map(|route| route.connections().to_vec())
             .unwrap_or_default()
     }
 
@@ -372,6 +398,23 @@ mod tests {
         assert_eq!(route(&sessions, "a"), []);
         let second = sessions.arrive(arrival("a", 1, Some(0), 11));
         assert_eq!(first, second);
+    }
+
+    #[test]
+    fn a_silent_connection_has_no_flows_while_there_is_another() {
+        let mut sessions = Sessions::new();
+        joined(sessions.arrive(arrival("a", 1, Some(0), 10)));
+        assert!(!sessions.set_silent(connection(10), true), "the only one");
+        joined(sessions.arrive(arrival("a", 1, Some(1), 11)));
+        assert_eq!(route(&sessions, "a"), [connection(11)]);
+        assert!(sessions.set_silent(connection(11), true));
+        assert_eq!(route(&sessions, "a"), [connection(10), connection(11)]);
+        assert!(sessions.set_silent(connection(10), false));
+        assert_eq!(route(&sessions, "a"), [connection(10)]);
+        // Whatever replaces it starts anew.
+        joined(sessions.arrive(arrival("a", 1, Some(1), 12)));
+        assert_eq!(route(&sessions, "a"), [connection(10), connection(12)]);
+        assert!(!sessions.set_silent(connection(11), false));
     }
 
     #[test]
@@ -504,6 +547,109 @@ mod tests {
                     routed.sort();
                     expected.sort();
                     prop_assert_eq!(routed, expected);
+                }
+            }
+        }
+    }
+
+    /// What happens to a session of up to [`ORDINALS`] connections.
+    #[derive(Clone, Copy, Debug)]
+    enum Happening {
+        Sent { flow: usize },
+        Delivered { ordinal: u8 },
+        Came { ordinal: u8 },
+        Went { ordinal: u8 },
+        Silent { ordinal: u8, silent: bool },
+    }
+
+    const ORDINALS: u8 = 4;
+    /// Their hashes are spread evenly.
+    const FLOWS: usize = 24;
+
+    fn happening() -> impl Strategy<Value = Happening> {
+        prop_oneof![
+            30 => (0..FLOWS).prop_map(|flow| Happening::Sent { flow }),
+            20 => (0..ORDINALS).prop_map(|ordinal| Happening::Delivered { ordinal }),
+            2 => (0..ORDINALS).prop_map(|ordinal| Happening::Came { ordinal }),
+            1 => (0..ORDINALS).prop_map(|ordinal| Happening::Went { ordinal }),
+            2 => (0..ORDINALS, any::<bool>())
+                .prop_map(|(ordinal, silent)| Happening::Silent { ordinal, silent }),
+        ]
+    }
+
+    /// The connection that each flow takes.
+    fn choices(sessions: &Sessions) -> [Option<ConnectionRef>; FLOWS] {
+        let routes = sessions.routes();
+        std::array::from_fn(|flow| {
+            let hash = (flow as u32) * (u32::MAX / FLOWS as u32);
+            routes.lookup(lease(b'a').v4.into(), hash)
+        })
+    }
+
+    proptest! {
+        /// Each connection keeps its order, and none knows of the others. A flow is sent by one of them until it
+        /// moves; what is sent between two moves arrives in order. It moves only if its own connection goes, falls
+        /// silent or is taken over, or one that comes or is heard from again is its first choice.
+        #[test]
+        fn a_flow_keeps_its_order_while_it_keeps_its_connection(
+            happenings in prop::collection::vec(happening(), 1..400),
+        ) {
+            let mut sessions = Sessions::new();
+            let mut open: BTreeMap<u8, Member> = BTreeMap::new();
+            let mut under_way: HashMap<ConnectionRef, VecDeque<(usize, usize, usize)>> = HashMap::new();
+            let mut moves = [0; FLOWS];
+            let mut last_delivered: HashMap<(usize, usize), usize> = HashMap::new();
+            for (number, happening) in happenings.into_iter().enumerate() {
+                let before = choices(&sessions);
+                let all_silent = |open: &BTreeMap<u8, Member>| open.values().all(|one| one.silent);
+                let mut in_doubt = all_silent(&open);
+                let mut concerned = Vec::new();
+                match happening {
+                    Happening::Sent { flow } => {
+                        if let Some(by) = before[flow] {
+                            let packet = (flow, moves[flow], number + 1);
+                            under_way.entry(by).or_default().push_back(packet);
+                        }
+                    }
+                    Happening::Delivered { ordinal } => {
+                        let from = open.get(&ordinal).map(|one| one.connection);
+                        let queue = from.and_then(|from| under_way.get_mut(&from));
+                        if let Some((flow, stay, sent)) = queue.and_then(VecDeque::pop_front) {
+                            let last = last_delivered.insert((flow, stay), sent);
+                            prop_assert!(last < Some(sent), "flow {}: {:?} {}", flow, last, sent);
+                        }
+                    }
+                    Happening::Came { ordinal } => {
+                        let came = connection(number as u32);
+                        joined(sessions.arrive(arrival("a", 1, Some(ordinal), number as u32)));
+                        concerned.push(came);
+                        let member = Member { ordinal, connection: came, silent: false };
+                        concerned.extend(open.insert(ordinal, member).map(|one| one.connection));
+                    }
+                    Happening::Went { ordinal } => {
+                        if let Some(gone) = open.remove(&ordinal) {
+                            sessions.depart(gone.connection);
+                            concerned.push(gone.connection);
+                        }
+                    }
+                    Happening::Silent { ordinal, silent } => {
+                        if let Some(member) = open.get_mut(&ordinal) {
+                            member.silent = silent;
+                            sessions.set_silent(member.connection, silent);
+                            concerned.push(member.connection);
+                        }
+                    }
+                }
+                // Where all are silent, all are as good as any.
+                in_doubt |= all_silent(&open);
+                let after = choices(&sessions);
+                for (flow, (before, after)) in before.into_iter().zip(after).enumerate() {
+                    if after != before {
+                        moves[flow] += 1;
+                        let own = [before, after].into_iter().flatten();
+                        let is_concerned = own.into_iter().any(|one| concerned.contains(&one));
+                        prop_assert!(in_doubt || is_concerned, "flow {} moved", flow);
+                    }
                 }
             }
         }

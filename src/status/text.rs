@@ -188,7 +188,11 @@ fn cells(connection: &Connection) -> [String; 8] {
         traffic(counters.sent_bytes, counters.sent_packets),
         traffic(counters.received_bytes, counters.received_packets),
         traffic(connection.queue_bytes, connection.queue_packets),
-        duration(f64::from(connection.tcp.rtt_microseconds) / 1e6),
+        if connection.silent {
+            "silent".into()
+        } else {
+            duration(f64::from(connection.tcp.rtt_microseconds) / 1e6)
+        },
         drops(counters.drops()),
     ]
 }
@@ -355,7 +359,10 @@ mod tests {
     #[test]
     fn a_server_is_shown_with_all_its_connections_in_columns() {
         let mut twice = examples::session("laptop");
-        twice.connections.push(examples::connection(1));
+        twice.connections.push(Connection {
+            silent: true,
+            ..examples::connection(1)
+        });
         let mut away = examples::session("phone");
         away.connections.clear();
         let shown = text(&examples::server(vec![twice, away]));
@@ -371,7 +378,7 @@ ringtun0: server, up 2 h 3 min (version 0.1.0, keeper 10, daemon 11)
 
   peer    addresses  connection         worker  age         sent              received       waiting       round trip  dropped
   laptop  10.87.0.2  203.0.113.5:41234  1       1 min 15 s  1.0 GiB in 1,000  1.5 KiB in 10  4.0 KiB in 3  0.0 ms      spoofed 2
-                     203.0.113.5:41234  1       1 min 15 s  1.0 GiB in 1,000  1.5 KiB in 10  4.0 KiB in 3  0.0 ms      spoofed 2
+                     203.0.113.5:41234  1       1 min 15 s  1.0 GiB in 1,000  1.5 KiB in 10  4.0 KiB in 3  silent      spoofed 2
   phone   10.87.0.2  none
 ";
         assert_eq!(shown, expected, "{shown}");

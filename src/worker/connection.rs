@@ -125,11 +125,12 @@ impl Clock {
         }
     }
 
-    pub(super) fn on_received(&mut self, now: Instant) {
+    /// Returns whether control was told of the silence that ends now.
+    pub(super) fn on_received(&mut self, now: Instant) -> bool {
         self.received = now;
         self.unanswered_since = None;
         self.pinged = None;
-        self.reported = false;
+        std::mem::take(&mut self.reported)
     }
 
     pub(super) fn on_sent(&mut self, now: Instant) {
@@ -249,7 +250,8 @@ mod tests {
         assert_eq!(clock.due(at(4100)), Due::Report);
         assert_eq!(clock.due(at(4600)), Due::Nothing);
         assert_eq!(clock.due(at(60_100)), Due::GiveUp);
-        clock.on_received(at(60_200));
+        assert!(clock.on_received(at(60_200)), "control was told");
+        assert!(!clock.on_received(at(60_250)));
         assert_eq!(clock.due(at(60_300)), Due::Nothing);
     }
 

@@ -129,10 +129,16 @@ impl Worker {
             }
             Ok(bytes) => {
                 chunk.fill(bytes);
-                connection.clock.on_received(now);
+                let was_silent = connection.clock.on_received(now);
+                let reference = connection.reference;
                 connection.stats.received_at_nanos.set(now.as_nanos());
                 let counters = &connection.stats.counters;
                 counters.received_stream_bytes.add(bytes as u64);
+                if was_silent {
+                    self.tell_control(Event::Responsive {
+                        connection: reference,
+                    });
+                }
                 self.process(slot, chunk, 0, Next::ReadOrPark);
             }
             Err(Errno::ECANCELED) => self.process(slot, chunk, 0, Next::Park),

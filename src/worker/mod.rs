@@ -140,6 +140,11 @@ pub enum Event {
         /// The silent one.
         connection: ConnectionRef,
     },
+    /// The end of that silence.
+    Responsive {
+        /// The one that is heard from again.
+        connection: ConnectionRef,
+    },
     /// The connection is gone; its reference may be released.
     Closed {
         /// Which.

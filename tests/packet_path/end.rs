@@ -5,7 +5,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ringtun::config::{Cipher, IoMode};
 use ringtun::proto::http::OffloadHeader;
 use ringtun::proto::offload::{Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
-use ringtun::proto::route_table::{ConnectionRef, RouteTable, SessionId, SessionRoute};
+use ringtun::proto::route_table::{ConnectionRef, Member, RouteTable, SessionId, SessionRoute};
 use ringtun::tls::certificate::{self, Generated};
 use ringtun::tls::{Established, Identity, TlsStream, Trust};
 use ringtun::uring::buffer::BUDGET_BYTES_DEFAULT;
@@ -212,10 +212,13 @@ impl Drop for End {
 }
 
 fn session(connections: &[ConnectionRef]) -> SessionRoute {
-    SessionRoute {
-        session: SessionId(1),
-        connections: connections.to_vec(),
-    }
+    let members = connections.iter().enumerate();
+    let members = members.map(|(ordinal, connection)| Member {
+        ordinal: ordinal as u8,
+        connection: *connection,
+        silent: false,
+    });
+    SessionRoute::new(SessionId(1), members)
 }
 
 /// What client and server have agreed on.

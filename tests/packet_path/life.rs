@@ -172,14 +172,25 @@ fn unanswered_traffic_is_asked_about() {
 }
 
 #[test]
-fn silence_after_a_ping_is_reported_to_control() {
-    let (mut server, peer, connection) = server_and_peer();
+fn silence_after_a_ping_is_reported_to_control_and_so_is_its_end() {
+    let (mut server, mut peer, connection) = server_and_peer();
     server.send(0, VirtioNetHdr::PLAIN, &numbered_reply(5000, 1));
     match server.event() {
         Event::Unresponsive { connection: silent } => assert_eq!(silent, connection),
         event => panic!("{event:?}"),
     }
-    drop(peer);
+    // Anything will do.
+    peer.write_capsule(&Capsule::Pong([7; 8]));
+    match server.event() {
+        Event::Responsive { connection: heard } => assert_eq!(heard, connection),
+        event => panic!("{event:?}"),
+    }
+    assert!(matches!(peer.receive(), Received::Offloaded(..)));
+    assert!(matches!(
+        peer.receive(),
+        Received::Capsule(Capsule::Ping(_))
+    ));
+    assert_peer_works(&mut peer, &server, 2);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::packets::{Family, tcp};
 use super::{Case, Volume, Work};
 use ringtun::proto::flow_hash::flow_hash;
 use ringtun::proto::packet;
-use ringtun::proto::route_table::{ConnectionRef, RouteTable, SessionId, SessionRoute};
+use ringtun::proto::route_table::{ConnectionRef, Member, RouteTable, SessionId, SessionRoute};
 use std::hint::black_box;
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -45,17 +45,16 @@ fn table() -> RouteTable {
     let mut table = RouteTable::empty();
     for session in 0..SESSIONS {
         let address = IpAddr::from(Ipv4Addr::from_bits(FIRST + session));
-        let connections = (0..CONNECTIONS)
-            .map(|ordinal| ConnectionRef {
+        let members = (0..CONNECTIONS).map(|ordinal| Member {
+            ordinal: ordinal as u8,
+            connection: ConnectionRef {
                 worker: (ordinal % 2) as u16,
                 slot: session * CONNECTIONS + ordinal,
                 generation: 1,
-            })
-            .collect();
-        let route = SessionRoute {
-            session: SessionId(session.into()),
-            connections,
-        };
+            },
+            silent: false,
+        });
+        let route = SessionRoute::new(SessionId(session.into()), members);
         table.insert(&[address], route);
     }
     table
