@@ -3,12 +3,13 @@
 //! A file is parsed into its struct, the command line is laid over it, and then `validate` is called once.
 //! What passes `validate` needs no further checks.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::de::{self, DeserializeOwned, Unexpected, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Where `ringtun server` looks for its configuration unless `-c` says otherwise.
 pub const SERVER_CONFIG_PATH: &str = "/etc/ringtun/server.toml";
@@ -30,6 +31,9 @@ pub const INTERFACE_BYTES_MAX: usize = 15;
 pub const LISTENERS_MAX: usize = 32;
 /// Connections of one session, at most.
 pub const CONNECTIONS_MAX: usize = 16;
+/// Connections of a session across a network, unless configured.
+pub const CONNECTIONS_AUTO: usize = 4;
+const _: () = assert!(CONNECTIONS_AUTO <= CONNECTIONS_MAX);
 /// Worker threads, at most.
 pub const WORKERS_MAX: usize = 64;
 /// Connections that are no tunnels (yet), all sources together, unless configured.
@@ -118,9 +122,10 @@ pub enum CongestionControl {
     Named(String),
 }
 
-impl CongestionControl {
-    const AUTO: &str = "auto";
+/// The word for a choice that is left to ringtun.
+const AUTO: &str = "auto";
 
+impl CongestionControl {
     /// The kernel's name of the one that was asked for; `None` for `auto`.
     pub fn name(&self) -> Option<&str> {
         match self {
@@ -149,7 +154,7 @@ impl CongestionControl {
 
 impl From<String> for CongestionControl {
     fn from(name: String) -> Self {
-        if name == Self::AUTO {
+        if name == AUTO {
             Self::Auto
         } else {
             Self::Named(name)
@@ -159,7 +164,91 @@ impl From<String> for CongestionControl {
 
 impl From<CongestionControl> for String {
     fn from(control: CongestionControl) -> Self {
-        control.name().unwrap_or(CongestionControl::AUTO).to_owned()
+        control.name().unwrap_or(AUTO).to_owned()
+    }
+}
+
+/// How many TCP connections a session has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Connections {
+    /// By the length of the path: one within a host or a rack, else [`CONNECTIONS_AUTO`].
+    #[default]
+    Auto,
+    /// So many from the beginning.
+    Fixed(usize),
+}
+
+impl Connections {
+    /// How many a client begins with.
+    pub fn at_first(self) -> usize {
+        match self {
+            Self::Auto => 1,
+            Self::Fixed(connections) => connections,
+        }
+    }
+
+    /// How many it may come to have.
+    pub fn at_most(self) -> usize {
+        match self {
+            Self::Auto => CONNECTIONS_AUTO,
+            Self::Fixed(connections) => connections,
+        }
+    }
+
+    fn validate(self) -> Result<(), ConfigError> {
+        match self {
+            Self::Fixed(connections) if !(1..=CONNECTIONS_MAX).contains(&connections) => invalid(
+                "connections",
+                format!("must be {AUTO:?} or 1 to {CONNECTIONS_MAX}"),
+            ),
+            Self::Fixed(_) | Self::Auto => Ok(()),
+        }
+    }
+}
+
+impl Serialize for Connections {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => serializer.serialize_str(AUTO),
+            Self::Fixed(connections) => connections.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Connections {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(NumberOrAuto)
+    }
+}
+
+struct NumberOrAuto;
+
+impl Visitor<'_> for NumberOrAuto {
+    type Value = Connections;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{AUTO:?} or a number from 1 to {CONNECTIONS_MAX}")
+    }
+
+    fn visit_str<E: de::Error>(self, word: &str) -> Result<Connections, E> {
+        match word {
+            AUTO => Ok(Connections::Auto),
+            other => Err(E::invalid_value(Unexpected::Str(other), &self)),
+        }
+    }
+
+    fn visit_i64<E: de::Error>(self, number: i64) -> Result<Connections, E> {
+        let refused = |_| E::invalid_value(Unexpected::Signed(number), &self);
+        usize::try_from(number)
+            .map(Connections::Fixed)
+            .map_err(refused)
+    }
+
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<Connections, E> {
+        let refused = |_| E::invalid_value(Unexpected::Unsigned(number), &self);
+        usize::try_from(number)
+            .map(Connections::Fixed)
+            .map_err(refused)
     }
 }
 
@@ -361,8 +450,9 @@ pub struct ClientConfig {
     /// The TUN interface's MTU.
     pub mtu: u16,
     /// TCP connections in the session.
-    pub connections: usize,
-    /// Worker threads and TUN queues; unset: one per core, but no more than connections.
+    pub connections: Connections,
+    /// Worker threads and TUN queues, no more than connections; unset: one where their number is left open, else one per
+    /// core.
     pub workers: Option<usize>,
     /// What of io_uring the workers use.
     pub io: IoMode,
@@ -384,7 +474,7 @@ impl Default for ClientConfig {
             invite: None,
             interface: INTERFACE.into(),
             mtu: MTU_BYTES,
-            connections: 1,
+            connections: Connections::default(),
             workers: None,
             io: IoMode::default(),
             offload: true,
@@ -431,18 +521,22 @@ impl ClientConfig {
         validate_interface(&self.interface)?;
         validate_mtu(self.mtu)?;
         self.congestion_control.validate()?;
-        if self.connections == 0 || self.connections > CONNECTIONS_MAX {
-            return invalid("connections", format!("must be 1 to {CONNECTIONS_MAX}"));
-        }
+        self.connections.validate()?;
         validate_workers(self.workers)?;
         validate_dns(self.dns.as_deref())
     }
 
-    /// Workers and TUN queues for a host with `cores` cores: no more than there are connections to serve.
+    /// Workers and TUN queues for a host with `cores` cores: no more than there may be connections to serve.
+    ///
+    /// They are made before it is known whether the path is local, where a second one would only cost hand-overs.
     pub fn worker_count(&self, cores: usize) -> usize {
+        let unless_configured = match self.connections {
+            Connections::Auto => 1,
+            Connections::Fixed(_) => cores,
+        };
         self.workers
-            .unwrap_or(cores)
-            .min(self.connections)
+            .unwrap_or(unless_configured)
+            .min(self.connections.at_most())
             .clamp(1, WORKERS_MAX)
     }
 }
@@ -640,7 +734,7 @@ mod tests {
             "#,
         )
         .expect("valid");
-        assert_eq!(config.connections, 4);
+        assert_eq!(config.connections, Connections::Fixed(4));
         assert_eq!(config.worker_count(64), 4);
         assert_eq!(config.io, IoMode::Auto);
         assert!(!config.offload);
@@ -707,6 +801,49 @@ mod tests {
         ] {
             let error = client(text).expect_err(text).to_string();
             assert!(error.contains(&format!("`{key}`")), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn connections_are_a_number_or_found_out() {
+        for (text, connections) in [
+            ("", Connections::Auto),
+            ("connections = \"auto\"", Connections::Auto),
+            ("connections = 1", Connections::Fixed(1)),
+            ("connections = 16", Connections::Fixed(16)),
+        ] {
+            let config = client(text).expect("valid");
+            assert_eq!(config.connections, connections, "{text}");
+            let sent = serde_json::to_string(&config).expect("serialised");
+            let received: ClientConfig = serde_json::from_str(&sent).expect("parsed");
+            assert!(received == config, "{sent}");
+        }
+        for text in ["\"many\"", "-1", "1.5", "true"] {
+            let error = client(&format!("connections = {text}")).expect_err(text);
+            let error = error.to_string();
+            assert!(
+                error.contains("\"auto\" or a number from 1 to 16"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_client_has_more_than_one_worker_only_where_connections_are_sure_to_use_them() {
+        for (text, workers) in [
+            ("", 1),
+            ("workers = 2", 2),
+            ("workers = 64", CONNECTIONS_AUTO),
+            ("connections = 1\nworkers = 2", 1),
+            ("connections = 3", 3),
+            ("connections = 16", 8),
+            ("connections = 16\nworkers = 2", 2),
+        ] {
+            assert_eq!(
+                client(text).expect("valid").worker_count(8),
+                workers,
+                "{text}"
+            );
         }
     }
 

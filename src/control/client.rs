@@ -3,6 +3,9 @@
 //! Each connection has a place (its ordinal) in the session. A place whose connection is gone, or is silent, gets a
 //! task that tries until it has a new one; the old one, if it is still there, is closed when the new one carries
 //! packets. Meanwhile its flows use the other connections.
+//!
+//! How many places there are is configured, or found out: one as long as the path seems to be local, else
+//! [`CONNECTIONS_AUTO`].
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -23,7 +26,7 @@ use super::reconnect::Reconnect;
 use super::runtime::spawn;
 use super::status::{self, Questions, Subject, connection};
 use super::{Ending, Rings, chain, ended, network};
-use crate::config::{Cipher, ClientConfig, CongestionControl};
+use crate::config::{CONNECTIONS_AUTO, Cipher, ClientConfig, CongestionControl, Connections};
 use crate::invite::{Host, Invite};
 use crate::keeper::request::{ClientSetup, Notice};
 use crate::keeper::{Link, Notices, SetupFds};
@@ -86,9 +89,8 @@ pub async fn run(
         progress,
     });
     let network = watch_network(&setup.config.interface);
-    let mut places: Vec<Place> = (0..setup.config.connections)
-        .map(|_| Place::default())
-        .collect();
+    let mut places = Vec::new();
+    places.resize_with(setup.config.connections.at_first(), Place::default);
     places[0].dialling = true;
     spawn(fill_first_place(
         Rc::clone(&dialling),
@@ -377,6 +379,13 @@ impl Client {
         }
     }
 
+    /// The session has one connection, and wants as many as there are places.
+    fn fill_further_places(&mut self) {
+        for ordinal in 1..self.places.len() {
+            self.dial(ordinal as u8);
+        }
+    }
+
     async fn progress(&mut self, progress: Progress) -> Result<(), Ending> {
         match progress {
             Progress::NotResolved(line) => Err(Ending::failed(line)),
@@ -459,9 +468,7 @@ impl Client {
 
         if first {
             self.announce(opened.address);
-            for ordinal in 1..self.places.len() {
-                self.dial(ordinal as u8);
-            }
+            self.fill_further_places();
         } else if let (State::Reconnecting, since) = self.state {
             tracing::info!(
                 "connected again by {} after {} ms",
@@ -535,6 +542,7 @@ impl Client {
             Event::Responsive { connection } => {
                 self.set_silent(connection, false);
             }
+            Event::FarPath { connection } => self.path_is_far(connection),
             Event::Closed { connection, cause } => self.closed(connection, &cause),
             Event::Fatal { worker, error } => {
                 return Err(Ending::failed(format!(
@@ -554,6 +562,18 @@ impl Client {
         }
         self.publish_routes();
         Some(ordinal)
+    }
+
+    /// Where the number of connections goes by the path, it is known from now on.
+    fn path_is_far(&mut self, connection: ConnectionRef) {
+        if self.config.connections == Connections::Auto
+            && self.places.len() < CONNECTIONS_AUTO
+            && self.place_of(connection).is_some()
+        {
+            tracing::info!("the path is not local: {CONNECTIONS_AUTO} connections in place of one");
+            self.places.resize_with(CONNECTIONS_AUTO, Place::default);
+            self.fill_further_places();
+        }
     }
 
     fn closed(&mut self, connection: ConnectionRef, cause: &CloseCause) {

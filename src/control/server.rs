@@ -86,6 +86,8 @@ pub async fn run(
                 // The client has the same clock and makes a new one; meanwhile the others have the silent one's flows.
                 Event::Unresponsive { connection } => house.tunnels.borrow_mut().set_silent(connection, true),
                 Event::Responsive { connection } => house.tunnels.borrow_mut().set_silent(connection, false),
+                // How many connections it wants is up to the client.
+                Event::FarPath { .. } => {}
                 Event::Fatal { worker, error } => {
                     break Ending::failed(format!("worker {worker} stopped: {}", super::chain(&error)));
                 }

@@ -363,7 +363,7 @@ impl Worker {
             return;
         }
         stats.received_at_nanos.set(self.now.as_nanos());
-        let connection = Connection {
+        let mut connection = Connection {
             reference,
             socket: handoff.socket,
             stats,
@@ -391,6 +391,14 @@ impl Worker {
             pausing: false,
             dirty: false,
         };
+        connection
+            .path
+            .look(connection.socket.as_fd(), self.now, false);
+        if connection.path.has_turned_far() {
+            self.tell_control(Event::FarPath {
+                connection: reference,
+            });
+        }
         if self.connections.len() <= slot {
             self.connections.resize_with(slot + 1, || None);
         }
@@ -517,16 +525,22 @@ impl Worker {
             Life::Draining { .. } => return,
         }
         connection.queue.release_memory(now);
+        let reference = connection.reference;
+        let is_far_now = connection.path.has_turned_far();
         let quiet = now.since(connection.clock.received) >= PARK_AFTER;
         if quiet && !connection.parking && matches!(connection.receive, Receive::Reading(_)) {
             connection.parking = true;
             connection.in_flight += 1;
-            let generation = connection.reference.generation;
-            let token = |operation| Token::new(operation, slot as u32, generation);
+            let token = |operation| Token::new(operation, slot as u32, reference.generation);
             self.ring
                 .cancel(token(Operation::ConnectionRead), token(Operation::Cancel));
         }
         self.recall_if_stuck(slot);
+        if is_far_now {
+            self.tell_control(Event::FarPath {
+                connection: reference,
+            });
+        }
         let Some(connection) = self.connection(slot) else {
             return;
         };
@@ -534,7 +548,6 @@ impl Worker {
             // A foreign client knows nothing of PING; TCP_USER_TIMEOUT watches over it.
             return;
         }
-        let reference = connection.reference;
         match connection.clock.due(now) {
             Due::Nothing => {}
             Due::Ping => {

@@ -28,7 +28,7 @@ use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::stats::{BuffersInUse, ConnectionStats, WorkerCounters};
 #[cfg(doc)]
-use crate::sys::congestion;
+use crate::{proto::send_limit, sys::congestion};
 use crate::tls::handshake::{Agreed, Established};
 use crate::uring::probe::{RingError, SetUp};
 use crate::uring::ring::{Bell, PreparedRing, Ring};
@@ -143,6 +143,11 @@ pub enum Event {
     /// The end of that silence.
     Responsive {
         /// The one that is heard from again.
+        connection: ConnectionRef,
+    },
+    /// The path has turned out not to be local ([`send_limit::is_local`]). Told once.
+    FarPath {
+        /// Whose path.
         connection: ConnectionRef,
     },
     /// The connection is gone; its reference may be released.

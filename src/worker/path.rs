@@ -16,6 +16,8 @@ pub(super) struct Path {
     /// Whether the congestion control may still change with the path.
     follows: bool,
     limit: SendLimit,
+    /// The path has turned out not to be local. That is final.
+    is_far: bool,
     looked_at: Instant,
     /// What the kernel was last told to hold unsent.
     unsent_bytes_max: u64,
@@ -27,6 +29,7 @@ impl Path {
         Self {
             follows,
             limit: SendLimit::new(),
+            is_far: false,
             looked_at: Instant::ZERO,
             unsent_bytes_max: u64::from(socket::NOTSENT_LOWAT_BYTES),
         }
@@ -52,6 +55,13 @@ impl Path {
             self.follows = false;
             congestion::bear_losses(socket);
         }
+    }
+
+    /// Whether the path has turned out just now not to be local.
+    pub(super) fn has_turned_far(&mut self) -> bool {
+        let was_far = self.is_far;
+        self.is_far |= !self.limit.is_local();
+        self.is_far && !was_far
     }
 
     fn limit_unsent(&mut self, socket: BorrowedFd<'_>) {
