@@ -1,0 +1,311 @@
+//! A session with several connections uses all of them, and goes on with the others when one of them dies.
+
+mod common;
+
+use common::processes::kill_9_both;
+use common::status::{connections, list, number, status};
+use common::transfer::{Direction, Transfer};
+use common::{Tunnel, assert_no_panic, build, inner_addresses, lab, start_server, until_true};
+use ringtun_lab::topology::{FIREWALL_V4, SERVER_V4, WEB_V4};
+use ringtun_lab::{Host, Lab, Topology};
+use rstest::rstest;
+use serde_json::Value;
+
+/// Connections of a session that has several, configured or found out.
+const CONNECTIONS: usize = 4;
+/// The one that something happens to.
+const VICTIM: usize = 2;
+/// Enough to be in the middle of things.
+const SOME_BYTES: u64 = 1 << 20;
+/// Enough to tell it from everything else on a connection.
+const SHARE_BYTES: u64 = 1 << 20;
+/// With so many flows, one of the connections has none once in 100,000 times.
+const TRANSFERS_MAX: usize = 45;
+
+/// A tunnel of several connections, each of which carries some of the transfers.
+struct Striped<'l> {
+    lab: &'l Lab,
+    transfers: Vec<Transfer>,
+    tunnel: Tunnel,
+}
+
+impl Striped<'_> {
+    fn start(lab: &Lab) -> Striped<'_> {
+        configure(
+            lab.host("client"),
+            &format!("connections = {CONNECTIONS}\n"),
+        );
+        let tunnel = Tunnel::start(lab);
+        let mut striped = Striped {
+            lab,
+            transfers: Vec::new(),
+            tunnel,
+        };
+        striped.wait_until_whole();
+        let idle = striped.carried();
+        while !striped.all_carry_more_than(&idle) {
+            let number = striped.transfers.len();
+            assert!(number < TRANSFERS_MAX, "{:?}", striped.carried());
+            let direction = [Direction::Down, Direction::Up][number % 2];
+            let (client, web) = (lab.host("client"), lab.host("web"));
+            let transfer = Transfer::start(client, web, WEB_V4.into(), direction);
+            transfer.wait_for_more(2 * SHARE_BYTES);
+            striped.transfers.push(transfer);
+        }
+        striped
+    }
+
+    /// All transfers go on, whatever happened.
+    fn assert_all_go_on(&self) {
+        for transfer in &self.transfers {
+            transfer.wait_for_more(SOME_BYTES);
+        }
+    }
+
+    /// Waits until both ends have all connections, and none is silent.
+    fn wait_until_whole(&self) {
+        for host in ["client", "server"] {
+            until_true(&format!("{CONNECTIONS} connections on {host}"), || {
+                let status = status(self.lab.host(host));
+                let connections = connections(&status);
+                connections.len() == CONNECTIONS
+                    && connections.iter().all(|one| one["silent"] == false)
+            });
+        }
+    }
+
+    /// Bytes of packets that each connection has carried, as the client sees it. 0 for one that is not there.
+    fn carried(&self) -> [u64; CONNECTIONS] {
+        let status = status(self.lab.host("client"));
+        let mut carried = [0; CONNECTIONS];
+        for connection in connections(&status) {
+            let ordinal = number(connection, "/ordinal") as usize;
+            let counters = ["/counters/sent_bytes", "/counters/received_bytes"];
+            carried[ordinal] = counters.map(|one| number(connection, one)).iter().sum();
+        }
+        carried
+    }
+
+    fn all_carry_more_than(&self, before: &[u64; CONNECTIONS]) -> bool {
+        let now = self.carried();
+        before
+            .iter()
+            .zip(now)
+            .all(|(before, now)| now >= before + SHARE_BYTES)
+    }
+
+    /// The client's end of each connection, as the server sees it.
+    fn outer_addresses(&self) -> Vec<String> {
+        let status = status(self.lab.host("server"));
+        let addresses = connections(&status).into_iter().enumerate();
+        let addresses = addresses.map(|(index, connection)| {
+            assert_eq!(number(connection, "/ordinal") as usize, index);
+            let address = connection["peer_address"].as_str();
+            address.expect("an address").to_owned()
+        });
+        addresses.collect()
+    }
+
+    fn instance(&self, host: &str) -> Value {
+        let status = status(self.lab.host(host));
+        assert_eq!(list(&status, "sessions").len(), 1);
+        status["sessions"][0]["instance"].clone()
+    }
+
+    fn finish(self) {
+        for transfer in self.transfers {
+            transfer.finish();
+        }
+        for process in [&self.tunnel.client, &self.tunnel.server] {
+            assert_eq!(process.status(), None);
+            assert_no_panic(process);
+        }
+    }
+}
+
+fn configure(client: &Host, text: &str) {
+    let written = client.write_file("/etc/ringtun/client.toml", text);
+    written.expect("a configuration");
+}
+
+/// The client's port, of an outer address.
+fn port_of(address: &str) -> &str {
+    let port = address.strip_prefix(&format!("{FIREWALL_V4}:"));
+    port.unwrap_or_else(|| panic!("from the firewall: {address}"))
+}
+
+#[rstest]
+fn transfers_go_on_when_a_connection_is_reset_and_it_is_replaced(lab: Lab) {
+    let striped = Striped::start(&lab);
+    let (addresses, instance) = (
+        inner_addresses(lab.host("client")),
+        striped.instance("server"),
+    );
+    let before = striped.outer_addresses();
+    let port = port_of(&before[VICTIM]);
+    let kill = ["-K", "dst", &FIREWALL_V4.to_string(), "dport", "=", port];
+    let killed = lab.host("server").exec("ss", kill).expect("ss -K");
+    assert!(killed.contains(&format!(":{port}")), "{killed}");
+
+    striped.assert_all_go_on();
+    until_true("another connection in its place", || {
+        let now = striped.outer_addresses();
+        now.len() == CONNECTIONS && now[VICTIM] != before[VICTIM]
+    });
+    striped.wait_until_whole();
+    let after = striped.outer_addresses();
+    for ordinal in (0..CONNECTIONS).filter(|ordinal| *ordinal != VICTIM) {
+        assert_eq!(
+            after[ordinal], before[ordinal],
+            "the others are as they were"
+        );
+    }
+    // Its flows have come back.
+    let replaced = striped.carried();
+    until_true("bytes on all connections", || {
+        striped.all_carry_more_than(&replaced)
+    });
+    striped.assert_all_go_on();
+
+    assert_eq!(inner_addresses(lab.host("client")), addresses);
+    for host in ["client", "server"] {
+        assert_eq!(striped.instance(host), instance, "{host}");
+    }
+    let lost = striped.tunnel.client.lines();
+    let lost = lost.iter().filter(|line| line.contains("connection lost"));
+    assert_eq!(lost.count(), 1);
+    striped.finish();
+}
+
+/// As when a middlebox has forgotten one of them, and lets in no new one for a while.
+#[rstest]
+fn transfers_go_on_when_a_connection_falls_silent(lab: Lab) {
+    let striped = Striped::start(&lab);
+    let instance = striped.instance("server");
+    let before = striped.outer_addresses();
+    let port = port_of(&before[VICTIM]);
+    let internet = lab.host("internet");
+    let cut = format!(
+        "table ip cut {{
+            chain forward {{
+                type filter hook forward priority filter; policy accept;
+                ip saddr {FIREWALL_V4} ip daddr {SERVER_V4} tcp sport {port} drop
+                ip saddr {SERVER_V4} ip daddr {FIREWALL_V4} tcp dport {port} drop
+                ip daddr {SERVER_V4} tcp flags & (syn | ack) == syn drop
+            }}
+        }}"
+    );
+    let nft = internet.command("nft").args(["-f", "-"]).input(cut);
+    nft.exec().expect("nft");
+
+    for host in ["client", "server"] {
+        until_true(&format!("silence that {host} has noticed"), || {
+            let status = status(lab.host(host));
+            connections(&status)
+                .iter()
+                .any(|one| number(one, "/ordinal") as usize == VICTIM && one["silent"] == true)
+        });
+    }
+    striped.assert_all_go_on();
+    let (client, server) = (&striped.tunnel.client, &striped.tunnel.server);
+    for process in [client, server] {
+        assert_eq!(process.status(), None);
+    }
+
+    internet
+        .exec("nft", ["delete", "table", "ip", "cut"])
+        .expect("nft");
+    striped.wait_until_whole();
+    let whole = striped.carried();
+    until_true("bytes on all connections", || {
+        striped.all_carry_more_than(&whole)
+    });
+    assert_eq!(striped.instance("server"), instance);
+    striped.finish();
+}
+
+#[rstest]
+fn all_connections_come_back_to_a_server_that_was_killed(lab: Lab) {
+    let mut striped = Striped::start(&lab);
+    let (addresses, instance) = (
+        inner_addresses(lab.host("client")),
+        striped.instance("client"),
+    );
+    kill_9_both(&striped.tunnel.server);
+    striped.tunnel.server = start_server(&lab, &[]);
+    striped.wait_until_whole();
+    let whole = striped.carried();
+    until_true("bytes on all connections", || {
+        striped.all_carry_more_than(&whole)
+    });
+    striped.assert_all_go_on();
+    assert_eq!(inner_addresses(lab.host("client")), addresses);
+    for host in ["client", "server"] {
+        assert_eq!(striped.instance(host), instance, "{host}");
+    }
+    striped.finish();
+}
+
+/// How many connections the client has, wants and has workers for.
+fn counts(client: &Host) -> (usize, usize, usize) {
+    let status = status(client);
+    (
+        connections(&status).len(),
+        number(&status, "/client/connections_wanted") as usize,
+        list(&status, "workers").len(),
+    )
+}
+
+#[rstest]
+fn a_short_path_has_one_connection(lab: Lab) {
+    let _tunnel = Tunnel::start(&lab);
+    let (client, web) = (lab.host("client"), lab.host("web"));
+    for direction in [Direction::Up, Direction::Down] {
+        let transfer = Transfer::start(client, web, WEB_V4.into(), direction);
+        transfer.wait_for_more(16 * SOME_BYTES);
+        transfer.finish();
+    }
+    // A busy machine may make a long path of it: then its congestion control is another one, too.
+    let is_local = |client: &Host| {
+        let status = status(client);
+        connections(&status)
+            .iter()
+            .all(|one| one["tcp"]["congestion_control"] == "cubic")
+    };
+    until_true("as many connections as the path asks for", || {
+        let local = is_local(client);
+        let expected = if local { 1 } else { CONNECTIONS };
+        counts(client) == (expected, expected, 1) && is_local(client) == local
+    });
+}
+
+#[rstest]
+fn a_long_path_has_several(#[values("auto", "cubic")] congestion_control: &str) {
+    let lab = build(Topology::LongFat);
+    let (client, web) = (lab.host("client"), lab.host("web"));
+    let text = format!("congestion_control = \"{congestion_control}\"\n");
+    configure(client, &text);
+    let tunnel = Tunnel::start(&lab);
+    until_true("all connections", || {
+        counts(client) == (CONNECTIONS, CONNECTIONS, 1)
+    });
+    until_true("all connections on the server", || {
+        connections(&status(lab.host("server"))).len() == CONNECTIONS
+    });
+    let wanted = match congestion_control {
+        "auto" => "bbr",
+        other => other,
+    };
+    for connection in connections(&status(client)) {
+        assert_eq!(connection["tcp"]["congestion_control"], wanted);
+    }
+    for direction in [Direction::Up, Direction::Down] {
+        let transfer = Transfer::start(client, web, WEB_V4.into(), direction);
+        transfer.wait_for_more(SOME_BYTES);
+        transfer.finish();
+    }
+    assert_no_panic(&tunnel.client);
+    let lines = tunnel.client.lines();
+    let grown = lines.iter().filter(|line| line.contains("not local"));
+    assert_eq!(grown.count(), 1, "{lines:?}");
+}
