@@ -6,13 +6,15 @@
 //!
 //! 1. the sender asks [`fit`] whether the peer takes the packet as it is; nearly always it does;
 //! 2. otherwise [`segment()`] turns it into packets that the peer takes;
-//! 3. the receiver has [`validate`] check the header against the packet and writes both to its own TUN.
+//! 3. small packets of UDP that follow one another become one super-packet, a [`Run`], where the peer takes those;
+//! 4. the receiver has [`validate`] check the header against the packet and writes both to its own TUN.
 //!
 //! The rules are the intersection of what an honest kernel produces and what every kernel accepts
 //! (`virtio_net_hdr_to_skb` in Linux's `include/linux/virtio_net.h`), so that a header which passes is never refused
 //! by the local kernel for what it says. One exception: kernels before 6.9 take 64 segments of UDP, newer ones 128.
 
 mod congestion;
+mod gather;
 mod segment;
 
 use std::convert::Infallible;
@@ -22,6 +24,7 @@ use std::str::FromStr;
 use super::packet::{self, Headers, PROTOCOL_TCP, PROTOCOL_UDP, PacketError};
 
 pub use congestion::{Signal, signal, trim_first};
+pub use gather::{Datagram, GATHERED_SEGMENTS_MAX, Run};
 pub use segment::segment;
 
 /// Length of the header, and of the headroom that a packet needs for it.
@@ -29,6 +32,8 @@ pub const VIRTIO_NET_HDR_BYTES: usize = 10;
 
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`: the checksum is partial.
 pub const FLAG_NEEDS_CSUM: u8 = 1;
+/// `VIRTIO_NET_HDR_F_DATA_VALID`: the kernel has checked the checksum. It says so of what it gives, to nobody else.
+pub const FLAG_DATA_VALID: u8 = 2;
 /// `VIRTIO_NET_HDR_GSO_NONE`: one ordinary packet.
 pub const GSO_NONE: u8 = 0;
 /// `VIRTIO_NET_HDR_GSO_TCPV4`: segments of TCP over IPv4.
@@ -67,7 +72,7 @@ const UDP_CSUM_OFFSET: u16 = 6;
 /// The header as it is on TUN and in the offload context: ten bytes, little-endian.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub struct VirtioNetHdr {
-    /// [`FLAG_NEEDS_CSUM`]; others mean nothing here.
+    /// [`FLAG_NEEDS_CSUM`], from the local kernel also [`FLAG_DATA_VALID`]; others mean nothing here.
     pub flags: u8,
     /// One of the `GSO_` types, maybe with [`GSO_ECN`].
     pub gso_type: u8,

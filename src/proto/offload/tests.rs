@@ -1,5 +1,7 @@
 //! Honest packets are built with etherparse, which also has the last word on what segments look like.
 
+mod gather;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use etherparse::{
@@ -13,8 +15,6 @@ use crate::proto::packet::{Checksum, PACKET_BYTES_MAX};
 
 const TCP_FLAG_ACK: u8 = 0x10;
 const TCP_FLAG_ECE: u8 = 0x40;
-/// `VIRTIO_NET_HDR_F_DATA_VALID`: the kernel sets it, and it means nothing to anybody else.
-const FLAG_DATA_VALID: u8 = 2;
 
 const CSUM_ONLY: Offloads = Offloads {
     csum: true,
