@@ -134,6 +134,9 @@ counters! {
     sent_packets,
     /// Their bytes, as IP packets.
     sent_bytes,
+    /// Those of them that became a further segment of the packet before, in a super-packet of UDP. The peer receives so many
+    /// packets less.
+    gathered_packets,
     /// Bytes that the socket took: TLS records.
     sent_stream_bytes,
     /// Packets of the peer that went to the TUN queue; a super-packet counts once.

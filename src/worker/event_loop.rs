@@ -2,6 +2,7 @@
 
 use super::connection::{Clock, Connection, Due, FLUSH_WITHIN, Life, PARK_AFTER, Receive};
 use super::path::Path;
+use super::staging::Staging;
 use super::{
     CloseCause, Command, Event, Handoff, Inlet, STOP_GRACE, WorkerError, WorkerInfo, WorkerSetup,
 };
@@ -12,7 +13,6 @@ use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::proto::timer::Instant;
 use crate::stats::{BuffersInUse, ConnectionStats, WorkerCounters};
-use crate::tls::record::RECORD_PLAINTEXT_BYTES_MAX;
 use crate::uring::buffer::{BUDGET_BYTES_MIN, Buffer, Class, InFlight, Piece, Pool};
 use crate::uring::ring::{Completion, FileSlot, Ring, WhenDry};
 use crate::uring::token::{Operation, Token};
@@ -87,7 +87,7 @@ pub(super) struct Worker {
     /// Connections that wait for packet or chunk memory on the inbound side.
     pub(super) starved: Vec<usize>,
     /// Small packets of one connection on their way into one record.
-    pub(super) staging: Vec<u8>,
+    pub(super) staging: Staging,
     /// Where this turn's packets of context 0 get their headers.
     pub(super) framing: Option<Buffer>,
     /// Segments made in software.
@@ -146,7 +146,7 @@ impl Worker {
             queue_bytes_max: setup.queue_bytes_max,
             dirty: Vec::new(),
             starved: Vec::new(),
-            staging: Vec::with_capacity(RECORD_PLAINTEXT_BYTES_MAX),
+            staging: Staging::new(),
             framing: None,
             scratch: vec![0; usize::from(u16::MAX)],
             now: Instant::from_nanos(0),

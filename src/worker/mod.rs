@@ -5,7 +5,8 @@
 //! 1. the TUN queue becomes readable; a batch of non-blocking reads brings packets, each behind its `virtio_net_hdr`;
 //! 2. the route table says which connection carries the flow; one that another worker owns is handed over;
 //! 3. the packet waits in the connection's egress queue until the connection can take more;
-//! 4. it becomes a DATAGRAM capsule and is sealed from where it lies into the connection's chunk of records;
+//! 4. it becomes a DATAGRAM capsule and is sealed from where it lies into the connection's chunk of records; small packets
+//!    share a record, and those of UDP that follow one another a capsule (`staging.rs`);
 //! 5. the chunk is written to the socket.
 //!
 //! The way of a packet in (`inbound.rs`):
@@ -20,6 +21,7 @@ mod handover;
 mod inbound;
 mod outbound;
 mod path;
+mod staging;
 mod waiting;
 
 use crate::proto::capsule::{Capsule, CloseReason};
@@ -27,11 +29,11 @@ use crate::proto::http::OffloadHeader;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::stats::{BuffersInUse, ConnectionStats, WorkerCounters};
-#[cfg(doc)]
-use crate::{proto::send_limit, sys::congestion};
 use crate::tls::handshake::{Agreed, Established};
 use crate::uring::probe::{RingError, SetUp};
 use crate::uring::ring::{Bell, PreparedRing, Ring};
+#[cfg(doc)]
+use crate::{proto::send_limit, sys::congestion};
 use connection::InnerSources;
 use crossbeam_queue::SegQueue;
 use handover::Mailbox;

@@ -3,13 +3,15 @@
 use super::connection::{Connection, Life, PARK_AFTER, Sending};
 use super::event_loop::{TUN, Worker, is_hang_up};
 use super::handover::{Handover, Posted};
+use super::staging::Staging;
 use super::waiting::Outgoing;
 use super::{CloseCause, WorkerError};
 use crate::proto::capsule::{DATAGRAM_HEADER_BYTES_MAX, datagram_header};
 use crate::proto::flow_hash::flow_hash;
-use crate::proto::offload::{self, Fit, Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
+use crate::proto::offload::{self, Datagram, Fit, Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
 use crate::proto::packet;
 use crate::proto::route_table::ConnectionRef;
+use crate::stats::ConnectionCounters;
 use crate::tls::record::{
     CONTROL_RECORD_BYTES_MAX, ContentType, RECORD_OVERHEAD_BYTES, RECORD_PLAINTEXT_BYTES_MAX,
     RecordError, RecordLayer,
@@ -350,13 +352,13 @@ impl Worker {
                 records: &mut connection.records,
                 staging: &mut self.staging,
                 chunk,
+                counters: &connection.stats.counters,
                 context,
+                accepts,
             };
             let done = match fit {
                 Fit::AsIs => sealing.packet(&mut outgoing).map(|()| true),
-                Fit::NeedsSegmenting => {
-                    sealing.segments(header, &outgoing, accepts, &mut self.scratch)
-                }
+                Fit::NeedsSegmenting => sealing.segments(header, &outgoing, &mut self.scratch),
             };
             let bytes = packet_of(&outgoing).len() as u64;
             self.pool.release(outgoing.buffer);
@@ -643,11 +645,14 @@ fn seal_all(
 /// What it takes to turn packets of one connection into records.
 struct Sealing<'a> {
     records: &'a mut RecordLayer,
-    /// Whole capsules only; flushed as one record.
-    staging: &'a mut Vec<u8>,
+    /// Flushed as one record.
+    staging: &'a mut Staging,
     chunk: &'a mut Buffer,
+    counters: &'a ConnectionCounters,
     /// The context that packets are sent in; 0 has no `virtio_net_hdr`.
     context: u64,
+    /// What the peer takes in that context.
+    accepts: Offloads,
 }
 
 impl Sealing<'_> {
@@ -664,7 +669,7 @@ impl Sealing<'_> {
         let header = header.as_bytes();
         let start = payload_start - header.len();
         if buffer.len() - start <= COALESCE_BYTES_MAX {
-            return self.stage(header, &buffer[payload_start..]);
+            return self.small(header, &buffer[payload_start..]);
         }
         // The capsule header goes into the headroom, so that all of it is sealed in one pass.
         buffer[start..payload_start].copy_from_slice(header);
@@ -672,15 +677,37 @@ impl Sealing<'_> {
         seal_all(self.records, &buffer[start..], self.chunk)
     }
 
+    /// A small packet. It shares its record with others, and its capsule with those before it that it can be gathered with.
+    fn small(&mut self, front: &[u8], payload: &[u8]) -> Result<(), RecordError> {
+        let Some(datagram) = self.datagram(payload) else {
+            return self.stage(front, payload);
+        };
+        if self.staging.gather(self.context, &datagram) {
+            self.counters.gathered_packets.add(1);
+            return Ok(());
+        }
+        self.flush_unless_room(front.len() + payload.len())?;
+        self.staging.push_first(front, payload, &datagram);
+        Ok(())
+    }
+
+    /// The packet as a segment of a super-packet, if the peer takes those and it can be one.
+    fn datagram<'p>(&self, payload: &'p [u8]) -> Option<Datagram<'p>> {
+        if self.context == 0 {
+            return None;
+        }
+        let (header, packet) = payload.split_first_chunk::<VIRTIO_NET_HDR_BYTES>()?;
+        Datagram::read(VirtioNetHdr::read(header), packet, self.accepts)
+    }
+
     /// A packet that has to be segmented, or whose checksum has to be completed. `false`: it could not be.
     fn segments(
         &mut self,
         header: VirtioNetHdr,
         outgoing: &Outgoing,
-        accepts: Offloads,
         scratch: &mut [u8],
     ) -> Result<bool, RecordError> {
-        let packet = packet_of(outgoing);
+        let (packet, accepts) = (packet_of(outgoing), self.accepts);
         let mut sealed = Ok(());
         let segmented = offload::segment(header, packet, accepts, scratch, |header, segment| {
             if sealed.is_err() {
@@ -703,12 +730,17 @@ impl Sealing<'_> {
     }
 
     fn stage(&mut self, front: &[u8], payload: &[u8]) -> Result<(), RecordError> {
-        if self.staging.len() + front.len() + payload.len() > RECORD_PLAINTEXT_BYTES_MAX {
-            self.flush()?;
-        }
-        self.staging.extend_from_slice(front);
-        self.staging.extend_from_slice(payload);
+        self.flush_unless_room(front.len() + payload.len())?;
+        self.staging.push(front, payload);
         Ok(())
+    }
+
+    fn flush_unless_room(&mut self, bytes: usize) -> Result<(), RecordError> {
+        if self.staging.has_room(bytes) {
+            Ok(())
+        } else {
+            self.flush()
+        }
     }
 
     fn flush(&mut self) -> Result<(), RecordError> {

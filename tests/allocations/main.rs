@@ -31,14 +31,28 @@ const PACKETS_PER_ALLOCATION_MIN: u64 = 1000;
 /// Other workers in this process would be counted as well.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// A burst to the host on the internet and a burst back: many small packets, full segments, a super-packet.
+/// A burst to the host on the internet and a burst back.
 struct Traffic {
     there: Vec<(VirtioNetHdr, Vec<u8>)>,
     back: Vec<(VirtioNetHdr, Vec<u8>)>,
 }
 
 impl Traffic {
-    /// Bursts of several flows.
+    /// Bursts of one flow, in which packets can be gathered.
+    fn of_one_flow() -> Self {
+        let packets = |from, to| {
+            let packet = |index| udp(from, to, &pattern(index, 200));
+            (0..BURST)
+                .map(|index| (VirtioNetHdr::PLAIN, packet(index)))
+                .collect()
+        };
+        Self {
+            there: packets((CLIENT, 5000), (WEB, 53)),
+            back: packets((WEB, 53), (CLIENT, 5000)),
+        }
+    }
+
+    /// Bursts of several flows: many small packets, full segments, a super-packet.
     fn mixed() -> Self {
         let plain = |packet| (VirtioNetHdr::PLAIN, packet);
         let sizes = [0, 12, 300, 1472, 64, 1472, 40];
@@ -92,10 +106,12 @@ impl Traffic {
 }
 
 #[rstest]
-#[case::super_packets_go_whole(1, 1, Some(Offloads::ALL), 0)]
-#[case::super_packets_are_segmented(1, 1, None, 39)]
-#[case::packets_are_handed_over(2, 4, Some(Offloads::ALL), 0)]
+#[case::super_packets_go_whole(Traffic::mixed(), 1, 1, Some(Offloads::ALL), 0)]
+#[case::super_packets_are_segmented(Traffic::mixed(), 1, 1, None, 39)]
+#[case::packets_are_gathered(Traffic::of_one_flow(), 1, 1, Some(Offloads::ALL), 0)]
+#[case::packets_are_handed_over(Traffic::mixed(), 2, 4, Some(Offloads::ALL), 0)]
 fn packets_cost_no_allocation(
+    #[case] traffic: Traffic,
     #[case] workers: usize,
     #[case] connections: usize,
     #[case] offload: Option<Offloads>,
@@ -110,7 +126,6 @@ fn packets_cost_no_allocation(
         ..Terms::default()
     };
     let _joined: Joined = join(&mut client, &mut server, &terms);
-    let traffic = Traffic::mixed();
     let at_server = BURST + more_segments;
     for _ in 0..WARM_UP_BURSTS {
         traffic.pass(&client, &server, at_server);

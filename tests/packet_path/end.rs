@@ -4,7 +4,7 @@ use super::packets::lease;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ringtun::config::{Cipher, IoMode};
 use ringtun::proto::http::OffloadHeader;
-use ringtun::proto::offload::{Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
+use ringtun::proto::offload::{GSO_UDP_L4, Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr, segment};
 use ringtun::proto::route_table::{ConnectionRef, Member, RouteTable, SessionId, SessionRoute};
 use ringtun::tls::certificate::{self, Generated};
 use ringtun::tls::{Established, Identity, TlsStream, Trust};
@@ -14,11 +14,12 @@ use ringtun::uring::ring::PreparedRing;
 use ringtun::worker::connection::InnerSources;
 use ringtun::worker::{CloseCause, Event, Handoff, WorkerSetup, Workers};
 use rustls::pki_types::ServerName;
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -36,6 +37,8 @@ pub struct End {
     workers: Option<Workers>,
     events: UnboundedReceiver<Event>,
     pub tun: Vec<UnixDatagram>,
+    /// Segments of a super-packet of UDP that are still to be received, by queue.
+    segments: Vec<Mutex<VecDeque<Vec<u8>>>>,
     clock: tokio::runtime::Runtime,
 }
 
@@ -78,6 +81,7 @@ impl End {
         Self {
             workers: Some(Workers::start(setups, &sender).unwrap()),
             events,
+            segments: tun.iter().map(|_| Mutex::default()).collect(),
             tun,
             clock,
         }
@@ -102,8 +106,21 @@ impl End {
         assert_eq!(self.tun[queue].send(&bytes).unwrap(), bytes.len());
     }
 
-    /// The next packet that a worker writes to its queue.
+    /// The next packet for who is behind the queue. Super-packets of UDP never get there whole: the kernel cuts them up.
     pub fn receive(&self, queue: usize) -> (VirtioNetHdr, Vec<u8>) {
+        let mut segments = self.segments[queue].lock().unwrap();
+        if segments.is_empty() {
+            let (header, packet) = self.receive_whole(queue);
+            if header.gso_type != GSO_UDP_L4 {
+                return (header, packet);
+            }
+            segments.extend(segments_of(header, &packet));
+        }
+        (VirtioNetHdr::PLAIN, segments.pop_front().unwrap())
+    }
+
+    /// The next packet that a worker writes to its queue.
+    pub fn receive_whole(&self, queue: usize) -> (VirtioNetHdr, Vec<u8>) {
         let mut bytes = vec![0; 1 << 17];
         let length = self.tun[queue].recv(&mut bytes).expect("a packet");
         let header = VirtioNetHdr::read(bytes.first_chunk().unwrap());
@@ -112,6 +129,10 @@ impl End {
 
     /// The next packet on any queue, and which queue it was.
     pub fn receive_any(&self) -> (usize, Vec<u8>) {
+        let is_waiting = |queue: &Mutex<VecDeque<_>>| !queue.lock().unwrap().is_empty();
+        if let Some(queue) = self.segments.iter().position(is_waiting) {
+            return (queue, self.receive(queue).1);
+        }
         let mut files: Vec<_> = self
             .tun
             .iter()
@@ -154,6 +175,12 @@ impl End {
     /// The sum of a counter over all workers.
     pub fn count(&self, name: &str) -> u64 {
         self.sum(|counter| counter == name)
+    }
+
+    /// Packets that became a further segment of the one before.
+    pub fn gathered(&self, connection: ConnectionRef) -> u64 {
+        let info = self.workers().connection(connection).unwrap();
+        info.stats.counters.gathered_packets.get()
     }
 
     /// All packets that were dropped, for whatever reason.
@@ -215,6 +242,21 @@ impl Drop for End {
             workers.stop(None);
         }
     }
+}
+
+/// What the kernel makes of a packet of any kind.
+pub fn segments_of(header: VirtioNetHdr, packet: &[u8]) -> Vec<Vec<u8>> {
+    let mut scratch = vec![0; 1 << 16];
+    let mut segments = Vec::new();
+    segment(
+        header,
+        packet,
+        Offloads::NONE,
+        &mut scratch,
+        |_, segment| segments.push(segment.to_vec()),
+    )
+    .unwrap();
+    segments
 }
 
 fn session(connections: &[ConnectionRef]) -> SessionRoute {

@@ -7,6 +7,7 @@ mod congestion;
 mod counters;
 mod delivery;
 mod end;
+mod gathering;
 mod hostile;
 mod life;
 mod memory;

@@ -72,6 +72,19 @@ pub fn client_port_of(packet: &[u8]) -> u16 {
     }
 }
 
+/// The packet with the identification that [`udp`] gives it. It may not be fragmented, so nobody looks at it (RFC 6864),
+/// and when packets are gathered it changes.
+pub fn with_first_identification(mut packet: Vec<u8>) -> Vec<u8> {
+    if packet[0] >> 4 == 4 {
+        assert_eq!(packet[6], 0x40, "must not be fragmented");
+        packet[4..6].fill(0);
+        packet[10..12].fill(0);
+        let checksum = Checksum::new().bytes(&packet[..20]).finish();
+        packet[10..12].copy_from_slice(&checksum.to_be_bytes());
+    }
+    packet
+}
+
 /// `bytes` bytes, every one of which depends on its place and on `seed`.
 pub fn pattern(seed: usize, bytes: usize) -> Vec<u8> {
     (0..bytes)
