@@ -126,6 +126,7 @@ pub struct EgressQueue<P> {
     bytes: usize,
     slots: [usize; CLASSES],
     quantum: usize,
+    is_lenient: bool,
     /// When a packet was last sorted.
     sorted_at: Instant,
 }
@@ -149,6 +150,7 @@ impl<P: Queued> EgressQueue<P> {
             bytes: 0,
             slots: [0; CLASSES],
             quantum: SEGMENT_BYTES,
+            is_lenient: false,
             sorted_at: Instant::ZERO,
         }
     }
@@ -257,7 +259,8 @@ impl<P: Queued> EgressQueue<P> {
         let flow = self.flows.get_mut(index);
         let behind = flow.bytes + packet.bytes().saturating_sub(SEGMENT_BYTES);
         let mut verdict = Verdict::Pass;
-        if flow.codel.is_due(now, now.since(at), behind) && !signalled {
+        let is_due = !self.is_lenient && flow.codel.is_due(now, now.since(at), behind);
+        if is_due && !signalled {
             verdict = packet.signal();
             signalled = verdict != Verdict::Pass;
             if signalled {
@@ -390,6 +393,12 @@ impl<P: Queued> EgressQueue<P> {
     /// Takes out everything, in no order.
     pub fn drain(&mut self) -> impl Iterator<Item = P> + use<P> {
         mem::take(self).links.into_packets()
+    }
+
+    /// Whether nobody is told that packets wait for too long, as that is about to change by itself.
+    #[inline]
+    pub fn be_lenient(&mut self, is_lenient: bool) {
+        self.is_lenient = is_lenient;
     }
 
     /// Gives memory back if nothing waits and nothing had to lately.

@@ -43,16 +43,20 @@ const MEASURING_MIN: Duration = Duration::from_millis(10);
 const WINDOW_ROUND_TRIPS: u32 = 4;
 /// But a window is at least so long.
 const WINDOW_MIN: Duration = Duration::from_millis(200);
-/// A path whose rate grows by less than this from one window to the next is full (per cent).
+/// A path whose rate grows by less than this (per cent) in each of so many windows, though there is more to send, is full.
 const GROWTH_MIN_PERCENT: u64 = 125;
+const FLAT_WINDOWS: u8 = 2;
 /// Round trips longer than what is under way explains, by this share (per cent) and this time, are somebody else's doing.
 const EXPLAINED_PERCENT: u32 = 125;
 const EXPLAINED_SLACK: Duration = Duration::from_millis(2);
 /// For how long nothing is limited then.
 const COMPETING: Duration = Duration::from_secs(10);
-/// A path is lossy that has had so many segments sent again since it was full, and at least one of so many.
-const LOSSES_MIN: u64 = 4;
+/// A path is lossy that has had so many segments sent again, and at least one of so many, while round trips were not longer
+/// than this share of the shortest (per cent) and this time, so that no queue can have been full.
+const LOSSES_MIN: u64 = 3;
 const LOSSY_ONE_OF: u64 = 500;
+const UNQUEUED_PERCENT: u32 = 125;
+const UNQUEUED_SLACK: Duration = Duration::from_millis(6);
 /// What is counted for that is halved beyond so many segments, so that it is the present that counts.
 const LOSS_MEMORY_SEGMENTS: u64 = 20_000;
 
@@ -91,14 +95,18 @@ pub struct SendLimit {
     /// The highest rates of the window before and of this one, in bytes a second; zero before there was one.
     before: u64,
     highest: u64,
-    window_began: Instant,
+    window_began: Option<Instant>,
     /// Whether all round trips of this window were longer than what is under way explains.
     is_crowded: bool,
+    /// Whether there was more to send than was taken at any time of this window.
+    was_busy: bool,
+    /// Windows like that in a row in which the rate hardly grew.
+    flat_windows: u8,
     /// Until when nothing is limited.
     competing_until: Instant,
-    /// A window has passed in which the rate hardly grew.
+    /// The rate has stopped growing once.
     is_full: bool,
-    /// Segments that were sent again and that arrived since then.
+    /// Segments that were sent again though no queue was full, and that arrived.
     retransmitted: u64,
     delivered: u64,
 }
@@ -131,16 +139,17 @@ impl SendLimit {
         let bytes = u128::from(segments) * u128::from(sample.segment_bytes);
         let rate = saturate(bytes * 1_000_000 / passed.as_micros());
         let was_busy = from.is_busy && sample.is_busy;
-        if !sample.rtt_min.is_zero() && (was_busy || Some(rate) > self.rate()) {
-            self.count_rate(now, rate);
+        if !sample.rtt_min.is_zero() && (was_busy || rate > self.rate().unwrap_or(0)) {
+            self.count_rate(now, rate, was_busy);
         }
     }
 
     fn count_losses(&mut self, before: Sample) {
-        if !self.is_full {
+        let latest = &self.latest;
+        let unqueued = latest.rtt_min.saturating_mul(UNQUEUED_PERCENT) / 100 + UNQUEUED_SLACK;
+        if latest.rtt > unqueued {
             return;
         }
-        let latest = &self.latest;
         let sent_again = latest
             .retransmitted_segments
             .wrapping_sub(before.retransmitted_segments);
@@ -155,22 +164,30 @@ impl SendLimit {
         }
     }
 
-    fn count_rate(&mut self, now: Instant, rate: u64) {
+    fn count_rate(&mut self, now: Instant, rate: u64, was_busy: bool) {
         let window = (self.latest.rtt_min.saturating_mul(WINDOW_ROUND_TRIPS)).max(WINDOW_MIN);
-        if self.highest == 0 {
-            self.window_began = now;
-        } else if now.since(self.window_began) >= window {
+        let began = *self.window_began.get_or_insert(now);
+        if now.since(began) >= window {
             let grew = self.highest > self.before.saturating_mul(GROWTH_MIN_PERCENT) / 100;
-            self.is_full |= self.before > 0 && !grew;
+            self.flat_windows = match grew {
+                true => 0,
+                false => self.flat_windows.saturating_add(u8::from(self.was_busy)),
+            };
+            self.is_full |= self.flat_windows >= FLAT_WINDOWS;
             if self.is_crowded && self.is_full {
                 self.competing_until = now + COMPETING;
             }
             self.is_crowded = true;
-            self.before = self.highest;
+            self.was_busy = false;
+            // In an outage, what there was before it is still the best guess.
+            if self.highest > 0 {
+                self.before = self.highest;
+            }
             self.highest = 0;
-            self.window_began = now;
+            self.window_began = Some(now);
         }
         self.highest = self.highest.max(rate);
+        self.was_busy |= was_busy;
     }
 
     /// The socket took `bytes`.
@@ -227,6 +244,11 @@ impl SendLimit {
     /// Whether the path is so short that what is under way does not matter.
     pub fn is_local(&self) -> bool {
         is_local(self.latest.rtt_min, self.latest.rtt)
+    }
+
+    /// Whether it is not known yet how much the path carries: what waits now may be on its way in a moment.
+    pub fn is_growing(&self) -> bool {
+        !self.is_full && !self.is_local()
     }
 
     /// Whether the path loses what does not fill its queues.
@@ -338,7 +360,7 @@ mod tests {
         let mut watched = Watched::new();
         watched.delivers(20, 100);
         assert_eq!(watched.under_way_bytes_max(), Some(holds(20, 160 + 4)));
-        watched.delivers(20, 600);
+        watched.delivers(20, 900);
         assert_eq!(watched.under_way_bytes_max(), Some(holds(20, 44 + 4)));
         assert!(!watched.limit.is_held_back(watched.now));
         watched.limit.sent(holds(20, 44 + 4) as usize);
@@ -361,6 +383,18 @@ mod tests {
         let mut watched = Watched::new();
         watched.delivers(50, 1000).delivers(5, 600);
         assert_eq!(watched.limit.rate(), Some(5 * 125_000));
+    }
+
+    #[test]
+    fn a_path_that_is_found_out_grows_no_more_not_even_one_that_stalls() {
+        for megabits in [0, 20] {
+            let mut watched = Watched::new();
+            assert!(watched.delivers(megabits, 100).limit.is_growing());
+            assert!(!watched.delivers(megabits, 900).limit.is_growing());
+        }
+        let mut watched = Watched::new();
+        watched.delivers(20, 1000).delivers(0, 5000);
+        assert_eq!(watched.limit.rate(), Some(20 * 125_000), "an outage");
     }
 
     #[test]
@@ -393,12 +427,14 @@ mod tests {
     }
 
     #[test]
-    fn losses_on_a_path_that_is_not_full_of_our_own_are_its_nature() {
+    fn losses_without_a_queue_are_the_nature_of_the_path() {
         let mut watched = Watched::new();
         watched.sample.retransmitted_segments = 50;
+        watched.sample.rtt = RTT * 2;
         watched.delivers(20, 1000);
-        assert!(!watched.limit.is_lossy(), "that was slow start");
-        watched.sample.retransmitted_segments += 3;
+        assert!(!watched.limit.is_lossy(), "a queue overflowed");
+        watched.sample.rtt = RTT;
+        watched.sample.retransmitted_segments += 2;
         watched.delivers(20, 100);
         assert!(!watched.limit.is_lossy(), "may happen");
         watched.delivers(100, 20_000);

@@ -311,6 +311,8 @@ impl Worker {
             self.pause(connection);
             return Ok(());
         }
+        // Who is told of congestion while the path is still found out gives up what it will have in a moment.
+        connection.queue.be_lenient(connection.path.is_growing());
         let ahead_bytes_max = connection.path.ahead_bytes_max() as usize;
         while let Some(popped) = connection.queue.pop(now) {
             let place = popped.place;

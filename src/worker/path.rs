@@ -86,6 +86,11 @@ impl Path {
         self.limit.ahead_bytes_max()
     }
 
+    /// Whether it is not known yet how much the path carries.
+    pub(super) fn is_growing(&self) -> bool {
+        self.limit.is_growing()
+    }
+
     /// Whether nothing is to be sealed until some of what is under way has arrived.
     pub(super) fn is_held_back(&self, now: Instant) -> bool {
         self.limit.is_held_back(now)
