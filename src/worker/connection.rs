@@ -29,6 +29,9 @@ pub const UNRESPONSIVE_AFTER: Duration = Duration::from_secs(3);
 pub const DEAD_AFTER: Duration = Duration::from_secs(60);
 /// A connection that was asked to close has this long to flush.
 pub const FLUSH_WITHIN: Duration = Duration::from_millis(500);
+/// A connection that another one has replaced has this long to deliver what is on its way, in both directions. After an
+/// outage TCP may have to wait a second before it tries again.
+pub const REPLACED_WITHIN: Duration = Duration::from_secs(5);
 /// A connection without traffic for this long gives its buffers back; one that is stuck does while memory is short.
 pub const PARK_AFTER: Duration = Duration::from_secs(1);
 
@@ -89,6 +92,8 @@ pub(super) enum Life {
         deadline: Instant,
         /// The reason and close_notify are sealed.
         said_goodbye: bool,
+        /// What the peer had sent before it knew is still delivered, up to its own close_notify.
+        listens: bool,
     },
     /// Shut down; waiting until the kernel has let go of everything.
     Draining { cause: CloseCause },
@@ -221,6 +226,26 @@ impl Connection {
             .map_or(0, |sending| sending.total - sending.sent);
         let fill = self.fill.as_ref().map_or(0, Buffer::filled);
         self.recalled.len() + sending + fill
+    }
+
+    /// Whether packets of the peer are taken.
+    pub(super) fn listens(&self) -> bool {
+        match self.life {
+            Life::Open => true,
+            Life::Closing { listens, .. } => listens,
+            Life::Draining { .. } => false,
+        }
+    }
+
+    /// Nothing is to be sealed any more.
+    pub(super) fn has_said_goodbye(&self) -> bool {
+        matches!(
+            self.life,
+            Life::Closing {
+                said_goodbye: true,
+                ..
+            } | Life::Draining { .. }
+        )
     }
 
     /// Makes known what waits for the connection, and what is sealed.

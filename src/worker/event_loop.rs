@@ -1,6 +1,8 @@
 //! The turn of a worker: reap everything, act on it, submit once.
 
-use super::connection::{Clock, Connection, Due, FLUSH_WITHIN, Life, PARK_AFTER, Receive};
+use super::connection::{
+    Clock, Connection, Due, FLUSH_WITHIN, Life, PARK_AFTER, REPLACED_WITHIN, Receive,
+};
 use super::path::Path;
 use super::staging::Staging;
 use super::{
@@ -407,8 +409,16 @@ impl Worker {
     }
 
     /// Begins the end of a connection: what is sealed, the reason and close_notify are flushed first.
+    ///
+    /// Where another connection has replaced it, nothing is to be lost: what waits goes there, and what is on its way may
+    /// still arrive. After an outage it is what ends the waiting of senders inside, whose own clocks are far behind.
     pub(super) fn close(&mut self, slot: usize, cause: CloseCause, reason: Option<CloseReason>) {
-        let deadline = self.now + FLUSH_WITHIN;
+        let is_replaced = reason == Some(CloseReason::Replaced);
+        let deadline = self.now
+            + match is_replaced {
+                true => REPLACED_WITHIN,
+                false => FLUSH_WITHIN,
+            };
         let Some(connection) = self.connection(slot) else {
             return;
         };
@@ -426,15 +436,32 @@ impl Worker {
             cause,
             deadline,
             said_goodbye: false,
+            listens: is_replaced,
         };
-        let waiting = connection.queue.drain();
-        for outgoing in waiting {
-            self.pool.release(outgoing.buffer);
+        if is_replaced {
+            self.send_elsewhere(slot);
+        } else {
+            let waiting = connection.queue.drain();
+            for outgoing in waiting {
+                self.pool.release(outgoing.buffer);
+            }
         }
         if flushable {
             self.mark_dirty(slot);
         } else {
             self.shut(slot);
+        }
+    }
+
+    /// The peer will send nothing more, or nothing that can be used.
+    pub(super) fn peer_ended(&mut self, slot: usize, cause: CloseCause) {
+        match self.connection(slot).map(|connection| &mut connection.life) {
+            Some(Life::Open) => self.close(slot, cause, None),
+            Some(Life::Closing { listens, .. }) => {
+                *listens = false;
+                self.mark_dirty(slot);
+            }
+            Some(Life::Draining { .. }) | None => {}
         }
     }
 
@@ -519,6 +546,8 @@ impl Worker {
             Life::Closing { deadline, .. } => {
                 if now >= *deadline {
                     self.shut(slot);
+                } else {
+                    self.free_memory_of(slot);
                 }
                 return;
             }
@@ -527,15 +556,7 @@ impl Worker {
         connection.queue.release_memory(now);
         let reference = connection.reference;
         let is_far_now = connection.path.has_turned_far();
-        let quiet = now.since(connection.clock.received) >= PARK_AFTER;
-        if quiet && !connection.parking && matches!(connection.receive, Receive::Reading(_)) {
-            connection.parking = true;
-            connection.in_flight += 1;
-            let token = |operation| Token::new(operation, slot as u32, reference.generation);
-            self.ring
-                .cancel(token(Operation::ConnectionRead), token(Operation::Cancel));
-        }
-        self.recall_if_stuck(slot);
+        self.free_memory_of(slot);
         if is_far_now {
             self.tell_control(Event::FarPath {
                 connection: reference,
@@ -560,6 +581,24 @@ impl Worker {
             Due::GiveUp => self.close(slot, CloseCause::TimedOut, None),
         }
         // Sealed by the pump of this very turn.
+    }
+
+    /// Takes back the memory of a connection that has not used it for a while.
+    fn free_memory_of(&mut self, slot: usize) {
+        let now = self.now;
+        let Some(connection) = self.connection(slot) else {
+            return;
+        };
+        let quiet = now.since(connection.clock.received) >= PARK_AFTER;
+        if quiet && !connection.parking && matches!(connection.receive, Receive::Reading(_)) {
+            connection.parking = true;
+            connection.in_flight += 1;
+            let generation = connection.reference.generation;
+            let token = |operation| Token::new(operation, slot as u32, generation);
+            self.ring
+                .cancel(token(Operation::ConnectionRead), token(Operation::Cancel));
+        }
+        self.recall_if_stuck(slot);
     }
 
     fn stop(&mut self, reason: Option<CloseReason>) {

@@ -125,7 +125,7 @@ impl Worker {
         match completion.result() {
             Ok(0) => {
                 self.pool.release(chunk);
-                self.close(slot, CloseCause::PeerClosed, None);
+                self.peer_ended(slot, CloseCause::PeerClosed);
             }
             Ok(bytes) => {
                 chunk.fill(bytes);
@@ -201,7 +201,7 @@ impl Worker {
             return;
         };
         let packets = connection.stats.counters.received_packets.get();
-        let progress = if connection.is_open() {
+        let progress = if connection.listens() {
             self.open_records(&mut connection, &chunk, start)
         } else {
             Progress::Through(chunk.filled()) // Nobody is interested any more.
@@ -226,10 +226,8 @@ impl Worker {
         self.put_back(slot, connection);
         match stop {
             None => {}
-            Some(Stop::PeerClosed) => self.close(slot, CloseCause::PeerClosed, None),
-            Some(Stop::Misbehaved(what)) => {
-                self.close(slot, CloseCause::Misbehaved(what), None);
-            }
+            Some(Stop::PeerClosed) => self.peer_ended(slot, CloseCause::PeerClosed),
+            Some(Stop::Misbehaved(what)) => self.peer_ended(slot, CloseCause::Misbehaved(what)),
         }
     }
 
@@ -407,6 +405,8 @@ impl Worker {
     fn on_capsule(&mut self, connection: &mut Connection, capsule: Option<Capsule>) {
         match capsule {
             None => {}
+            // Its successor is the one to talk to.
+            Some(_) if !connection.is_open() => {}
             // A peer that asks faster than it reads gets no more answers for now.
             Some(Capsule::Ping(_)) if connection.capsules.len() > PONGS_BYTES_MAX => {}
             Some(Capsule::Ping(payload)) => {

@@ -112,7 +112,10 @@ impl Worker {
                 self.counters
                     .tun_read_bytes
                     .add((bytes - VIRTIO_NET_HDR_BYTES) as u64);
-                self.route(buffer);
+                self.route(Outgoing {
+                    buffer,
+                    start: HEADROOM_BYTES,
+                });
             }
             Ok(_) => self.pool.release(buffer),
             Err(error) => {
@@ -141,26 +144,39 @@ impl Worker {
     }
 
     /// Step 2: finds the connection.
-    fn route(&mut self, buffer: Buffer) {
-        let packet = &buffer.bytes()[HEADROOM_BYTES + VIRTIO_NET_HDR_BYTES..];
+    fn route(&mut self, outgoing: Outgoing) {
+        let packet = packet_of(&outgoing);
         let flow = flow_hash(packet);
         let connection = packet::destination(packet)
             .and_then(|destination| self.routes.lookup(destination, flow));
         let Some(connection) = connection else {
             self.counters.dropped_no_route.add(1);
-            self.pool.release(buffer);
+            self.pool.release(outgoing.buffer);
             return;
         };
         if usize::from(connection.worker) == self.index {
-            self.enqueue(connection, flow, buffer);
+            self.enqueue(connection, flow, outgoing);
         } else {
-            self.hand_over(connection, flow, buffer);
+            self.hand_over(connection, flow, outgoing);
         }
     }
 
-    fn hand_over(&mut self, connection: ConnectionRef, flow: u32, buffer: Buffer) {
+    /// Step 2 once more for what waits for a connection that is not to have it any longer.
+    pub(super) fn send_elsewhere(&mut self, slot: usize) {
+        let Some(mut connection) = self.take_out(slot) else {
+            return;
+        };
+        while let Some(popped) = connection.queue.pop(self.now) {
+            if let Some(outgoing) = self.heed(&connection, popped.verdict, popped.packet) {
+                self.route(outgoing);
+            }
+        }
+        self.put_back(slot, connection);
+    }
+
+    fn hand_over(&mut self, connection: ConnectionRef, flow: u32, outgoing: Outgoing) {
         let mailbox = &self.inlets[usize::from(connection.worker)].mailbox;
-        match mailbox.post(connection, flow, &buffer.bytes()[HEADROOM_BYTES..]) {
+        match mailbox.post(connection, flow, outgoing.bytes()) {
             Posted::Full => self.counters.dropped_handover_full.add(1),
             Posted::Quiet => self.counters.handed_over.add(1),
             Posted::Ring => {
@@ -171,7 +187,7 @@ impl Worker {
                 );
             }
         }
-        self.pool.release(buffer);
+        self.pool.release(outgoing.buffer);
     }
 
     /// A packet from another worker.
@@ -193,20 +209,24 @@ impl Worker {
         };
         buffer.set_filled(HEADROOM_BYTES);
         buffer.append(&handover.bytes);
-        self.enqueue(handover.connection, handover.flow, buffer);
+        let outgoing = Outgoing {
+            buffer,
+            start: HEADROOM_BYTES,
+        };
+        self.enqueue(handover.connection, handover.flow, outgoing);
     }
 
     /// Step 3: waits in the connection's queue.
-    fn enqueue(&mut self, reference: ConnectionRef, flow: u32, buffer: Buffer) {
+    fn enqueue(&mut self, reference: ConnectionRef, flow: u32, outgoing: Outgoing) {
         let Some(slot) = self.slot_of(reference) else {
             self.counters.dropped_no_route.add(1);
-            self.pool.release(buffer);
+            self.pool.release(outgoing.buffer);
             return;
         };
         let Some(mut connection) = self.take_out(slot) else {
             return;
         };
-        self.admit(&mut connection, flow, buffer);
+        self.admit(&mut connection, flow, outgoing);
         self.put_back(slot, connection);
         self.mark_dirty(slot);
     }
@@ -223,7 +243,7 @@ impl Worker {
             return;
         };
         connection.dirty = false;
-        let sealed = if matches!(connection.life, Life::Draining { .. }) {
+        let sealed = if connection.has_said_goodbye() {
             Ok(())
         } else {
             self.seal_waiting(&mut connection)
@@ -234,6 +254,7 @@ impl Worker {
             connection.life,
             Life::Closing {
                 said_goodbye: true,
+                listens: false,
                 ..
             }
         ) && connection.sending.is_none()
@@ -280,9 +301,7 @@ impl Worker {
     }
 
     fn seal_goodbye(&mut self, connection: &mut Connection) -> Result<(), RecordError> {
-        if matches!(&connection.life, Life::Closing { said_goodbye, .. } if *said_goodbye)
-            || !self.make_room(connection, CONTROL_RECORD_BYTES_MAX)
-        {
+        if !self.make_room(connection, CONTROL_RECORD_BYTES_MAX) {
             return Ok(());
         }
         if let Some(chunk) = &mut connection.fill {

@@ -77,11 +77,7 @@ impl Queued for Outgoing {
 
 impl Worker {
     /// Puts a packet into the connection's queue.
-    pub(super) fn admit(&mut self, connection: &mut Connection, flow: u32, buffer: Buffer) {
-        let mut outgoing = Outgoing {
-            buffer,
-            start: HEADROOM_BYTES,
-        };
+    pub(super) fn admit(&mut self, connection: &mut Connection, flow: u32, mut outgoing: Outgoing) {
         let bounds = if connection.queue.is_backlogged() {
             outgoing.shrink(&mut self.pool);
             self.bounds(1)

@@ -4,22 +4,16 @@ use super::end::{End, Terms, eventually};
 use super::packets::*;
 use super::peer::{Peer, Received};
 use ringtun::proto::offload::{self, GSO_NONE, Offloads, VirtioNetHdr};
-use ringtun::proto::packet::Checksum;
 use rstest::rstest;
 
 const PAYLOAD_BYTES: usize = 40_000;
-/// RFC 3168: capable of transport ECN, and congestion experienced.
-const ECT_0: u8 = 2;
+/// RFC 3168: congestion experienced.
 const CE: u8 = 3;
 
 /// A super-packet of the download direction's shape, with ECN bits.
 fn super_packet_with(ecn: u8, sequence: u32) -> (VirtioNetHdr, Vec<u8>) {
-    let (header, mut packet) = super_packet(sequence, &pattern(1, PAYLOAD_BYTES));
-    packet[1] |= ecn;
-    packet[10..12].fill(0);
-    let checksum = Checksum::new().bytes(&packet[..20]).finish();
-    packet[10..12].copy_from_slice(&checksum.to_be_bytes());
-    (header, packet)
+    let (header, packet) = super_packet(sequence, &pattern(1, PAYLOAD_BYTES));
+    (header, with_ecn(packet, ecn))
 }
 
 #[rstest]

@@ -1,11 +1,12 @@
 //! How connections end, and what they live through.
 
-use super::end::{End, Joined, PATIENCE, Terms, connect, join, pair};
+use super::end::{End, Joined, PATIENCE, Terms, connect, eventually, join, pair};
 use super::packets::*;
 use super::peer::{Peer, Received, offloaded, plain};
 use ringtun::proto::capsule::{AssignedAddress, Capsule, CloseReason};
 use ringtun::proto::offload::VirtioNetHdr;
 use ringtun::proto::route_table::ConnectionRef;
+use ringtun::uring::buffer::BUDGET_BYTES_DEFAULT;
 use ringtun::worker::{CloseCause, Event};
 use rstest::rstest;
 use socket2::SockRef;
@@ -191,6 +192,95 @@ fn silence_after_a_ping_is_reported_to_control_and_so_is_its_end() {
         Received::Capsule(Capsule::Ping(_))
     ));
     assert_peer_works(&mut peer, &server, 2);
+}
+
+fn waiting_packets(server: &End, connection: ConnectionRef) -> u64 {
+    let connection = server.workers().connection(connection).unwrap();
+    connection.stats.queue_packets.get()
+}
+
+/// A connection of the peer's that takes the place of the one that it has.
+fn replace(server: &mut End, old: ConnectionRef) -> (Peer, ConnectionRef) {
+    let (peer, connection) = Peer::join(server, &Terms::default());
+    server.route_lease(&[connection]);
+    server.workers().close(old, Some(CloseReason::Replaced));
+    (peer, connection)
+}
+
+#[test]
+fn what_was_on_its_way_to_a_connection_that_was_replaced_arrives() {
+    let (mut server, mut peer, connection) = server_and_peer();
+    let (mut successor, _) = replace(&mut server, connection);
+    let reason = Capsule::Close(CloseReason::Replaced);
+    assert_eq!(peer.receive(), Received::Capsule(reason));
+    assert_eq!(peer.receive(), Received::CloseNotify);
+    // It had sent these before it heard of that.
+    peer.write_packet(&numbered(5000, 1));
+    assert_eq!(number_of(&server.receive(0).1), 1);
+    peer.write_capsule(&Capsule::Ping([7; 8]));
+    peer.request_key_update();
+    peer.write_packet(&numbered(5000, 2));
+    assert_eq!(number_of(&server.receive(0).1), 2);
+    assert_peer_works(&mut successor, &server, 3);
+    peer.close_notify();
+    assert_eq!(
+        peer.receive(),
+        Received::End,
+        "nothing follows close_notify"
+    );
+    assert!(matches!(server.closed(connection), CloseCause::Asked));
+    assert_eq!(server.dropped(), 0);
+}
+
+#[test]
+fn a_connection_that_was_replaced_and_says_nothing_any_more_ends() {
+    let (mut server, _peer, connection) = server_and_peer();
+    let _successor = replace(&mut server, connection);
+    assert!(matches!(server.closed(connection), CloseCause::Asked));
+}
+
+#[rstest]
+fn what_waited_for_a_connection_goes_to_the_one_that_replaced_it(#[values(1, 2)] workers: usize) {
+    let mut server = End::with(workers, BUDGET_BYTES_DEFAULT);
+    let (mut peer, connection) = Peer::join(&mut server, &Terms::default());
+    server.route_lease(&[connection]);
+    // The peer does not read: the socket fills, and then the queue.
+    let payload = pattern(1, 30_000);
+    let packet = |number: u32| {
+        let payload = [&payload[..], &number.to_be_bytes()].concat();
+        // With ECN, so that waiting costs none of them.
+        with_ecn(udp((WEB, 53), (CLIENT, 5000), &payload), ECT_0)
+    };
+    let mut sent = 0;
+    eventually("packets wait", || {
+        server.send(0, VirtioNetHdr::PLAIN, &packet(sent));
+        sent += 1;
+        waiting_packets(&server, connection) >= 8
+    });
+    eventually("the TUN queue is drained", || {
+        server.count("tun_read_packets") >= u64::from(sent)
+    });
+    let (mut successor, replacing) = replace(&mut server, connection);
+    assert_eq!(usize::from(replacing.worker), workers - 1);
+    let mut received = Vec::new();
+    loop {
+        match peer.receive() {
+            Received::Plain(packet) | Received::Offloaded(_, packet) => {
+                received.push(number_of(&packet));
+            }
+            Received::CloseNotify => break,
+            Received::Capsule(_) => {}
+            Received::End => panic!("no close_notify"),
+        }
+    }
+    let on_the_old = received.len();
+    let lost = server.dropped();
+    let expected = u64::from(sent) - lost;
+    while (received.len() as u64) < expected {
+        received.push(number_of(&successor.packet()));
+    }
+    assert!(received.len() - on_the_old >= 4, "{on_the_old} of {sent}");
+    assert!(received.is_sorted(), "{received:?}");
 }
 
 #[test]

@@ -15,6 +15,8 @@ pub const WEB: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 80);
 pub const WEB_V6: [u8; 16] = [
     0x20, 0x01, 0x0d, 0xb8, 1, 0x13, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x80,
 ];
+/// RFC 3168: capable of transport ECN.
+pub const ECT_0: u8 = 2;
 /// Payload bytes of a segment on a path with an MTU of 1500.
 pub const GSO_BYTES: u16 = 1448;
 /// The MTU that goes with it.
@@ -55,6 +57,15 @@ pub fn numbered(port: u16, number: u32) -> Vec<u8> {
 /// The same from the host on the internet.
 pub fn numbered_reply(port: u16, number: u32) -> Vec<u8> {
     udp((WEB, 53), (CLIENT, port), &number.to_be_bytes())
+}
+
+/// An IPv4 packet with other ECN bits.
+pub fn with_ecn(mut packet: Vec<u8>, ecn: u8) -> Vec<u8> {
+    packet[1] |= ecn;
+    packet[10..12].fill(0);
+    let checksum = Checksum::new().bytes(&packet[..20]).finish();
+    packet[10..12].copy_from_slice(&checksum.to_be_bytes());
+    packet
 }
 
 /// The number that a packet carries.
