@@ -19,10 +19,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A peer that owes an answer is asked for one after this.
+/// A peer that owes an answer, or whose packets have ceased to come, is asked for one after this.
 pub const UNANSWERED_AFTER: Duration = Duration::from_secs(1);
 /// A silent connection is asked after this.
 pub const IDLE_AFTER: Duration = Duration::from_secs(25);
+/// After a ping without a pong for this long packets wait, and are not sealed.
+pub const WITHHELD_AFTER: Duration = Duration::from_secs(1);
 /// A ping without a pong for this long means that the path is dead.
 pub const UNRESPONSIVE_AFTER: Duration = Duration::from_secs(3);
 /// After this much silence despite pings the connection is given up.
@@ -106,6 +108,9 @@ pub(super) struct Clock {
     /// First send after the last receipt.
     pub(super) unanswered_since: Option<Instant>,
     pub(super) pinged: Option<Instant>,
+    /// Packets came, and nothing has shown yet that the peer just has no more of them. Who only receives owes no answer
+    /// and waits for none, and would not notice otherwise that the path is gone.
+    pub(super) flowing: bool,
     /// Whether control was told of the present silence.
     pub(super) reported: bool,
 }
@@ -126,6 +131,7 @@ impl Clock {
             sent: now,
             unanswered_since: None,
             pinged: None,
+            flowing: false,
             reported: false,
         }
     }
@@ -141,6 +147,12 @@ impl Clock {
     pub(super) fn on_sent(&mut self, now: Instant) {
         self.sent = now;
         self.unanswered_since.get_or_insert(now);
+    }
+
+    /// Whether packets had better wait: the peer owes a pong. What is sealed can go by this connection alone.
+    pub(super) fn withholds(&self, now: Instant) -> bool {
+        self.pinged
+            .is_some_and(|pinged| now.since(pinged) >= WITHHELD_AFTER)
     }
 
     /// What is due, and marks it as done.
@@ -159,8 +171,9 @@ impl Clock {
         let unanswered = self
             .unanswered_since
             .is_some_and(|first| since(first) >= UNANSWERED_AFTER);
+        let ceased = self.flowing && since(self.received) >= UNANSWERED_AFTER;
         let idle = since(self.received.max(self.sent)) >= IDLE_AFTER;
-        if unanswered || idle {
+        if unanswered || ceased || idle {
             self.pinged = Some(now);
             Due::Ping
         } else {
@@ -272,12 +285,15 @@ mod tests {
         assert_eq!(clock.due(at(600)), Due::Nothing);
         assert_eq!(clock.due(at(1100)), Due::Ping);
         assert_eq!(clock.due(at(1600)), Due::Nothing);
+        assert!(!clock.withholds(at(2000)));
+        assert!(clock.withholds(at(2100)));
         assert_eq!(clock.due(at(4100)), Due::Report);
         assert_eq!(clock.due(at(4600)), Due::Nothing);
         assert_eq!(clock.due(at(60_100)), Due::GiveUp);
         assert!(clock.on_received(at(60_200)), "control was told");
         assert!(!clock.on_received(at(60_250)));
         assert_eq!(clock.due(at(60_300)), Due::Nothing);
+        assert!(!clock.withholds(at(60_300)));
     }
 
     #[test]
@@ -289,6 +305,21 @@ mod tests {
         clock.on_received(at(25_040));
         assert_eq!(clock.due(at(50_000)), Due::Nothing);
         assert_eq!(clock.due(at(50_040)), Due::Ping);
+    }
+
+    #[test]
+    fn a_flow_of_packets_that_ceases_is_asked_about_once() {
+        let mut clock = Clock::new(at(0));
+        clock.on_received(at(100));
+        clock.flowing = true;
+        assert_eq!(clock.due(at(1000)), Due::Nothing);
+        assert_eq!(clock.due(at(1100)), Due::Ping);
+        clock.on_received(at(1140));
+        clock.flowing = false;
+        assert_eq!(clock.due(at(20_000)), Due::Nothing);
+        clock.flowing = true;
+        assert_eq!(clock.due(at(20_500)), Due::Ping);
+        assert_eq!(clock.due(at(23_500)), Due::Report);
     }
 
     #[test]

@@ -129,6 +129,7 @@ impl Worker {
             }
             Ok(bytes) => {
                 chunk.fill(bytes);
+                let withheld = connection.clock.withholds(now);
                 let was_silent = connection.clock.on_received(now);
                 let reference = connection.reference;
                 connection.stats.received_at_nanos.set(now.as_nanos());
@@ -138,6 +139,9 @@ impl Worker {
                     self.tell_control(Event::Responsive {
                         connection: reference,
                     });
+                }
+                if withheld {
+                    self.mark_dirty(slot);
                 }
                 self.process(slot, chunk, 0, Next::ReadOrPark);
             }
@@ -212,6 +216,7 @@ impl Worker {
                 // Less than a record is left, so a full read always fits behind it.
                 chunk.discard_front(start);
                 let brought = connection.stats.counters.received_packets.get() - packets;
+                connection.clock.flowing |= brought > 0;
                 self.receive_more(&mut connection, chunk, next, brought);
             }
             Progress::Stalled(start) => {
@@ -407,14 +412,13 @@ impl Worker {
             None => {}
             // Its successor is the one to talk to.
             Some(_) if !connection.is_open() => {}
+            Some(Capsule::Pong(_)) => connection.clock.flowing = false,
             // A peer that asks faster than it reads gets no more answers for now.
             Some(Capsule::Ping(_)) if connection.capsules.len() > PONGS_BYTES_MAX => {}
             Some(Capsule::Ping(payload)) => {
                 Capsule::Pong(payload).encode(&mut connection.capsules);
                 self.wants_pump(connection);
             }
-            // Any receipt stops the keepalive's clock; the pong has done so already.
-            Some(Capsule::Pong(_)) => {}
             Some(capsule) => self.tell_control(Event::Capsule {
                 connection: connection.reference,
                 capsule,

@@ -294,6 +294,8 @@ impl Worker {
             connection.capsules.drain(..bytes);
         }
         match connection.life {
+            // They may still go by another connection.
+            Life::Open if connection.clock.withholds(self.now) => Ok(()),
             Life::Open => self.seal_packets(connection),
             Life::Closing { .. } => self.seal_goodbye(connection),
             Life::Draining { .. } => Ok(()),

@@ -283,6 +283,47 @@ fn what_waited_for_a_connection_goes_to_the_one_that_replaced_it(#[values(1, 2)]
     assert!(received.is_sorted(), "{received:?}");
 }
 
+/// A server with a peer that is silent, and one packet that came for it since that was noticed.
+fn server_and_silent_peer() -> (End, Peer, ConnectionRef) {
+    let (mut server, peer, connection) = server_and_peer();
+    server.send(0, VirtioNetHdr::PLAIN, &numbered_reply(5000, 1));
+    let event = server.event();
+    assert!(matches!(event, Event::Unresponsive { .. }), "{event:?}");
+    server.send(0, VirtioNetHdr::PLAIN, &numbered_reply(5000, 2));
+    eventually("the packet waits", || {
+        waiting_packets(&server, connection) == 1
+    });
+    (server, peer, connection)
+}
+
+#[test]
+fn packets_for_a_silent_peer_wait_until_it_is_heard() {
+    let (server, mut peer, _) = server_and_silent_peer();
+    peer.write_packet(&numbered(5000, 3));
+    assert_eq!(number_of(&server.receive(0).1), 3);
+    assert_eq!(number_of(&peer.packet()), 1);
+    assert_eq!(number_of(&peer.packet()), 2);
+}
+
+#[test]
+fn packets_for_a_silent_peer_go_by_the_connection_that_replaces_it() {
+    let (mut server, _peer, connection) = server_and_silent_peer();
+    let (mut successor, _) = replace(&mut server, connection);
+    assert_eq!(number_of(&successor.packet()), 2);
+}
+
+#[test]
+fn a_flow_of_packets_that_ceases_is_asked_about() {
+    let (server, mut peer, _) = server_and_peer();
+    peer.write_packet(&numbered(5000, 1));
+    assert_eq!(number_of(&server.receive(0).1), 1);
+    match peer.receive() {
+        Received::Capsule(Capsule::Ping(payload)) => peer.write_capsule(&Capsule::Pong(payload)),
+        other => panic!("{other:?}"),
+    }
+    assert_peer_works(&mut peer, &server, 2);
+}
+
 #[test]
 fn traffic_goes_on_through_key_updates() {
     let (server, mut peer, _) = server_and_peer();
