@@ -163,3 +163,50 @@ fn limit_rto(socket: BorrowedFd<'_>) {
 }
 
 static RTO_MAX_MS_VALUE: libc::c_int = RTO_MAX_MS;
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    fn rto_max_ms(socket: BorrowedFd<'_>) -> io::Result<libc::c_int> {
+        let mut value: libc::c_int = 0;
+        let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+        // SAFETY: both pointers are to live values, and the kernel writes no more than `length` bytes.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                TCP_RTO_MAX_MS,
+                (&raw mut value).cast(),
+                &raw mut length,
+            )
+        };
+        match result {
+            0 => Ok(value),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    #[test]
+    fn pauses_between_retransmissions_are_bounded_on_both_sides() {
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let listener = TcpListener::from(listen(any, &CongestionControl::Auto).expect("a port"));
+        let address = listener.local_addr().expect("an address");
+        if rto_max_ms(listener.as_fd()).is_err() {
+            eprintln!("SKIPPED: this kernel has no TCP_RTO_MAX_MS");
+            return;
+        }
+        let near = outer(address.ip(), &CongestionControl::Auto).expect("a socket");
+        let near = TcpStream::from(near);
+        SockRef::from(&near)
+            .connect(&address.into())
+            .expect("a connection");
+        let (far, _) = listener.accept().expect("its other end");
+        for socket in [near.as_fd(), far.as_fd()] {
+            let bound = rto_max_ms(socket).expect("what the listener has, too");
+            assert_eq!(bound, RTO_MAX_MS);
+        }
+    }
+}
