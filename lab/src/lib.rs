@@ -17,7 +17,7 @@
 //! Where to read: [`topology`] (what there is), [`host`] and [`process`] (what a test does with it),
 //! [`probe`] (who reaches whom), [`firewall`], [`link`], [`wire`] and [`netns`] (how it is made), [`scenario`] and
 //! [`bench`](mod@bench) (ringtun shown and measured in it), [`crowd`] (thousands of sessions at once), [`smoke`] and
-//! [`transfer`] (ringtun tried on whatever kernel there is), [`standing`] (a lab that outlives its command).
+//! [`transfer`] (ringtun tried on whatever kernel there is), [`outages`] (its path away for a while), [`standing`] (a lab that outlives its command).
 
 pub mod bench;
 pub mod crowd;
@@ -26,6 +26,7 @@ pub mod host;
 pub mod link;
 mod names;
 pub mod netns;
+pub mod outages;
 pub mod probe;
 pub mod process;
 pub mod report;

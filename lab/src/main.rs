@@ -20,7 +20,7 @@ use ringtun_lab::report::Report;
 use ringtun_lab::scenario::{self, ScenarioError};
 use ringtun_lab::standing::{self, Standing};
 use ringtun_lab::wire::trial;
-use ringtun_lab::{Host, Lab, Topology, crowd, smoke};
+use ringtun_lab::{Host, Lab, Topology, crowd, outages, smoke};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 const USAGE_ERROR: u8 = 2;
@@ -75,7 +75,7 @@ enum Action {
         #[command(flatten)]
         ringtun: Ringtun,
         /// What to play
-        #[arg(value_enum)]
+        #[command(subcommand)]
         scenario: Scenario,
     },
     /// Measure ringtun, the same path without a tunnel, and other tunnels
@@ -108,10 +108,15 @@ enum Action {
 }
 
 /// What `lab run` can play.
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+#[derive(Debug, Subcommand)]
 enum Scenario {
     /// Each thing that ringtun does once, on whatever kernel there is
     Smoke,
+    /// The path is away for a while in the middle of transfers, again and again
+    Outages {
+        #[command(flatten)]
+        options: outages::Options,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -124,7 +129,7 @@ struct Name {
 #[derive(Debug, clap::Args)]
 struct Ringtun {
     /// The ringtun binary [default: $RINGTUN_BIN, else the one beside this program, else the one in PATH]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", global = true)]
     ringtun: Option<PathBuf>,
 }
 
@@ -144,12 +149,12 @@ fn perform(action: Action) -> anyhow::Result<ExitCode> {
         Action::Demo { ringtun } => play(ringtun, |ringtun, report, lab| {
             scenario::demo(ringtun, report, lab)
         }),
-        Action::Run {
-            ringtun,
-            scenario: Scenario::Smoke,
-        } => play(ringtun, |ringtun, report, lab| {
-            smoke::smoke(ringtun, report, lab)
-        }),
+        Action::Run { ringtun, scenario } => {
+            play(ringtun, |ringtun, report, lab| match &scenario {
+                Scenario::Smoke => smoke::smoke(ringtun, report, lab),
+                Scenario::Outages { options } => outages::outages(ringtun, options, report, lab),
+            })
+        }
         Action::Up { name, topology } => up(&name.name, topology),
         Action::Down { name } => standing::end(&name.name)
             .map(|()| ExitCode::SUCCESS)

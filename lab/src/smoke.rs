@@ -4,8 +4,8 @@
 //! generous, transfers are small, and a failed check does not keep the next one from being made.
 
 use std::fs;
-use std::io::{self, Read, Write};
-use std::net::{IpAddr, TcpStream};
+use std::io::{self, Write};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ use crate::scenario::{
     reached,
 };
 use crate::topology::{Lab, SERVER_V4, SERVER_V6, Topology, WEB_V4, WEB_V6};
-use crate::transfer::{Transfer, TransferError, connect};
+use crate::transfer::{Transfer, TransferError, connect, converse};
 
 /// How many threads for I/O the kernel may make for each ring. New kernels make none; Debian's 5.10 may make one that
 /// has nothing to do, and the first 5.10 does so with every ring. One for each read in flight would be a storm.
@@ -500,21 +500,6 @@ impl Smoke<'_> {
             }
         }
         Ok(())
-    }
-}
-
-/// A word each way through an idle connection.
-fn converse((mut near, mut far): (TcpStream, TcpStream)) -> io::Result<()> {
-    let mut word = [0; 5];
-    near.write_all(b"still")?;
-    far.read_exact(&mut word)?;
-    let forth = word == *b"still";
-    far.write_all(b"there")?;
-    near.read_exact(&mut word)?;
-    if forth && word == *b"there" {
-        Ok(())
-    } else {
-        Err(io::ErrorKind::InvalidData.into())
     }
 }
 

@@ -97,6 +97,8 @@ pub enum Topology {
     Bufferbloat,
     /// Rate and delay that change over time, short stalls, losses in bursts
     Mobile,
+    /// 20 ms round trip, and a link that can be cut and mended
+    Outage,
 }
 
 impl Topology {
@@ -116,6 +118,7 @@ impl Topology {
             Topology::LongFat => Some(wire::paths::long_fat()),
             Topology::Bufferbloat => Some(wire::paths::bufferbloat()),
             Topology::Mobile => Some(wire::paths::mobile()),
+            Topology::Outage => Some(wire::paths::outage()),
         }
     }
 }

@@ -19,6 +19,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 const STALL_LIMIT: Duration = Duration::from_secs(90);
 /// From one look at a transfer to the next.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// The same where the time is to be told.
+const TIMING_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Why a transfer is not what it should be.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +121,24 @@ impl Transfer {
         &self,
         bytes: u64,
         limit: Duration,
+        meanwhile: impl FnMut(),
+    ) -> Result<(), TransferError> {
+        self.wait(bytes, limit, POLL_INTERVAL, meanwhile)
+    }
+
+    /// The same, to the millisecond.
+    ///
+    /// # Errors
+    /// As for [`Transfer::wait_for_more`].
+    pub fn time_more(&self, bytes: u64, limit: Duration) -> Result<(), TransferError> {
+        self.wait(bytes, limit, TIMING_INTERVAL, || ())
+    }
+
+    fn wait(
+        &self,
+        bytes: u64,
+        limit: Duration,
+        interval: Duration,
         mut meanwhile: impl FnMut(),
     ) -> Result<(), TransferError> {
         let start = self.received.load(Ordering::Relaxed);
@@ -128,15 +148,21 @@ impl Transfer {
             if arrived >= bytes {
                 return Ok(());
             }
-            if Instant::now() > deadline || self.receiver.is_finished() {
+            if Instant::now() > deadline || self.has_ended() {
                 return Err(TransferError::Stalled {
                     bytes: arrived,
                     limit,
                 });
             }
             meanwhile();
-            thread::sleep(POLL_INTERVAL);
+            thread::sleep(interval);
         }
+    }
+
+    /// Whether either end has given up.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.receiver.is_finished() || self.sender.is_finished()
     }
 
     /// Ends it when everything sent has arrived. Returns how many bytes that were.
@@ -180,6 +206,24 @@ pub fn connect(
             .map_err(failed(to))?;
     }
     Ok((at_client, at_server))
+}
+
+/// A word each way through a connection.
+///
+/// # Errors
+/// When it does not arrive, or as something else.
+pub fn converse((mut near, mut far): (TcpStream, TcpStream)) -> io::Result<()> {
+    let mut word = [0; 5];
+    near.write_all(b"still")?;
+    far.read_exact(&mut word)?;
+    let forth = word == *b"still";
+    far.write_all(b"there")?;
+    near.read_exact(&mut word)?;
+    if forth && word == *b"there" {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::InvalidData.into())
+    }
 }
 
 fn send(mut stream: TcpStream, finish: &AtomicBool) -> Result<u64, TransferError> {

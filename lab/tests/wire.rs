@@ -23,6 +23,7 @@ const LATE_US: u64 = 30_000;
 #[case::long_fat(Topology::LongFat, 100_000..=100_000)]
 #[case::bufferbloat(Topology::Bufferbloat, 40_000..=40_000)]
 #[case::mobile(Topology::Mobile, 40_000..=180_000)]
+#[case::outage(Topology::Outage, 20_000..=20_000)]
 fn the_internet_is_as_far_away_as_asked(
     #[case] topology: Topology,
     #[case] expected_us: std::ops::RangeInclusive<u64>,

@@ -78,13 +78,13 @@ impl Chance {
 
 /// SplitMix64: good enough for losses, and the same everywhere.
 #[derive(Debug)]
-struct Dice(u64);
+pub(crate) struct Dice(u64);
 
 impl Dice {
     const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
     /// Dice of their own for each number of each seed.
-    fn new(seed: u64, number: u64) -> Dice {
+    pub(crate) fn new(seed: u64, number: u64) -> Dice {
         let mut of_seed = Dice(seed);
         Dice(of_seed.next() ^ Dice(number).next())
     }
@@ -98,7 +98,7 @@ impl Dice {
     }
 
     /// Uniform in 0..1.
-    fn unit(&mut self) -> f64 {
+    pub(crate) fn unit(&mut self) -> f64 {
         const MANTISSA_BITS: u32 = 53;
         (self.next() >> (64 - MANTISSA_BITS)) as f64 / (1_u64 << MANTISSA_BITS) as f64
     }

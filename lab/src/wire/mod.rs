@@ -40,6 +40,7 @@ pub use conditions::{
     Change, Conditions, DELAY_MAX, JITTER_INTERVAL, Loss, QUEUE_BYTES_MAX,
     RATE_BITS_PER_SECOND_MAX, Reordering, Timetable, Unsound,
 };
+pub(crate) use fate::Dice;
 pub use lane::{Counts, Lane};
 
 use carrier::Carrier;

@@ -91,6 +91,16 @@ pub fn mobile() -> Plan {
     }
 }
 
+/// A round trip of 20 ms, and nothing else but what [`super::Wire::cut`] does to it.
+#[must_use]
+pub fn outage() -> Plan {
+    let conditions = Conditions {
+        delay: Duration::from_millis(10),
+        ..Conditions::default()
+    };
+    Plan::symmetric(SEED, conditions)
+}
+
 /// After this [`mobile`] begins again.
 pub const MOBILE_PERIOD: Duration = Duration::from_secs(16);
 /// How long nothing moves when the cell changes.
@@ -103,7 +113,7 @@ mod tests {
 
     #[test]
     fn paths_make_sense() {
-        for plan in [lossy(), long_fat(), bufferbloat(), mobile()] {
+        for plan in [lossy(), long_fat(), bufferbloat(), mobile(), outage()] {
             plan.there.validate().expect("sound");
             plan.back.validate().expect("sound");
         }
