@@ -142,6 +142,7 @@ impl Worker {
                 }
                 if withheld {
                     self.mark_dirty(slot);
+                    self.retry_write(slot);
                 }
                 self.process(slot, chunk, 0, Next::ReadOrPark);
             }

@@ -539,6 +539,22 @@ impl Worker {
             .cancel(token(Operation::ConnectionWrite), token(Operation::Cancel));
     }
 
+    /// The peer is heard again: has a write that waits tried once more. The kernel wakes writers only when a third of the
+    /// send buffer is free, and TCP may be waiting for something new to send, to find out what the outage has eaten.
+    pub(super) fn retry_write(&mut self, slot: usize) {
+        let Some(connection) = self.connection(slot) else {
+            return;
+        };
+        if connection.sending.is_none() {
+            return;
+        }
+        connection.in_flight += 1;
+        let generation = connection.reference.generation;
+        let token = |operation| Token::new(operation, slot as u32, generation);
+        self.ring
+            .cancel(token(Operation::ConnectionWrite), token(Operation::Cancel));
+    }
+
     /// The socket gave the chunk back from `sent` on: what is sealed is kept outside the pool until there is room.
     fn keep_recalled(&mut self, connection: &mut Connection, chunk: Buffer, sent: usize) {
         connection
@@ -587,7 +603,11 @@ impl Worker {
             return;
         };
         let Sending {
-            chunk, sent, total, ..
+            chunk,
+            sent,
+            total,
+            recalled,
+            ..
         } = sending;
         let chunk = chunk.land(&completion);
         let draining = matches!(connection.life, Life::Draining { .. });
@@ -602,10 +622,12 @@ impl Worker {
                 connection.clock.on_sent(now);
                 self.write_chunk(&mut connection, chunk, sent + bytes, total);
             }
-            Err(Errno::EINTR | Errno::EAGAIN) if !draining => {
+            Err(Errno::ECANCELED) if !draining && recalled => {
+                self.keep_recalled(&mut connection, chunk, sent);
+            }
+            Err(Errno::EINTR | Errno::EAGAIN | Errno::ECANCELED) if !draining => {
                 self.write_chunk(&mut connection, chunk, sent, total);
             }
-            Err(Errno::ECANCELED) if !draining => self.keep_recalled(&mut connection, chunk, sent),
             Ok(_) => {
                 connection.clock.on_sent(now);
                 self.pool.release(chunk);

@@ -239,12 +239,8 @@ fn a_connection_that_was_replaced_and_says_nothing_any_more_ends() {
     assert!(matches!(server.closed(connection), CloseCause::Asked));
 }
 
-#[rstest]
-fn what_waited_for_a_connection_goes_to_the_one_that_replaced_it(#[values(1, 2)] workers: usize) {
-    let mut server = End::with(workers, BUDGET_BYTES_DEFAULT);
-    let (mut peer, connection) = Peer::join(&mut server, &Terms::default());
-    server.route_lease(&[connection]);
-    // The peer does not read: the socket fills, and then the queue.
+/// Sends to a peer that does not read until packets wait in the queue, too. How many it were.
+fn back_up(server: &End, connection: ConnectionRef) -> u32 {
     let payload = pattern(1, 30_000);
     let packet = |number: u32| {
         let payload = [&payload[..], &number.to_be_bytes()].concat();
@@ -255,11 +251,34 @@ fn what_waited_for_a_connection_goes_to_the_one_that_replaced_it(#[values(1, 2)]
     eventually("packets wait", || {
         server.send(0, VirtioNetHdr::PLAIN, &packet(sent));
         sent += 1;
-        waiting_packets(&server, connection) >= 8
+        waiting_packets(server, connection) >= 8
     });
     eventually("the TUN queue is drained", || {
         server.count("tun_read_packets") >= u64::from(sent)
     });
+    sent
+}
+
+#[test]
+fn a_write_that_waits_loses_nothing_when_the_peer_is_heard_again() {
+    let (mut server, mut peer, connection) = server_and_peer();
+    let sent = back_up(&server, connection);
+    let event = server.event();
+    assert!(matches!(event, Event::Unresponsive { .. }), "{event:?}");
+    peer.write_packet(&numbered(5000, 1));
+    assert_eq!(number_of(&server.receive(0).1), 1);
+    let expected = u64::from(sent) - server.dropped();
+    let received: Vec<_> = (0..expected).map(|_| number_of(&peer.packet())).collect();
+    assert!(received.is_sorted(), "{received:?}");
+    assert_peer_works(&mut peer, &server, 2);
+}
+
+#[rstest]
+fn what_waited_for_a_connection_goes_to_the_one_that_replaced_it(#[values(1, 2)] workers: usize) {
+    let mut server = End::with(workers, BUDGET_BYTES_DEFAULT);
+    let (mut peer, connection) = Peer::join(&mut server, &Terms::default());
+    server.route_lease(&[connection]);
+    let sent = back_up(&server, connection);
     let (mut successor, replacing) = replace(&mut server, connection);
     assert_eq!(usize::from(replacing.worker), workers - 1);
     let mut received = Vec::new();
