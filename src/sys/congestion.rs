@@ -89,6 +89,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
+    use crate::sys::tcp_info;
 
     #[test]
     fn what_the_kernel_does_not_have_is_named() {
