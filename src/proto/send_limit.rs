@@ -22,6 +22,9 @@ use std::time::Duration;
 pub const AHEAD: Duration = Duration::from_millis(4);
 /// Less is never asked for: a few segments, so that a slow path is not left idle for want of a packet.
 pub const AHEAD_BYTES_MIN: u64 = 8 * 1024;
+/// The least before it is known how much the path carries: a rate that is low for want of packets is no reason to handle
+/// them piecemeal. A local path has no limit till then.
+pub const AHEAD_BYTES_GROWING: u64 = 64 * 1024;
 /// More is of no use: a chunk that is written, and one that is filled.
 pub const AHEAD_BYTES_MAX: u64 = 1024 * 1024;
 /// Less than this under way would be held up by delayed acknowledgements.
@@ -60,7 +63,8 @@ const UNQUEUED_SLACK: Duration = Duration::from_millis(6);
 /// What is counted for that is halved beyond so many segments, so that it is the present that counts.
 const LOSS_MEMORY_SEGMENTS: u64 = 20_000;
 
-const _: () = assert!(AHEAD_BYTES_MIN < AHEAD_BYTES_MAX);
+const _: () = assert!(AHEAD_BYTES_MIN < AHEAD_BYTES_GROWING);
+const _: () = assert!(AHEAD_BYTES_GROWING < AHEAD_BYTES_MAX);
 
 /// Whether a path with these round trips, shortest and average, is within a host or a rack and has no long queue.
 pub fn is_local(shortest: Duration, average: Duration) -> bool {
@@ -203,10 +207,12 @@ impl SendLimit {
 
     /// How many bytes may be sealed and not yet taken by the socket, and how many the socket may hold unsent.
     pub fn ahead_bytes_max(&self) -> u64 {
-        match self.rate() {
-            Some(rate) => delivered_in(rate, AHEAD).clamp(AHEAD_BYTES_MIN, AHEAD_BYTES_MAX),
-            None => AHEAD_BYTES_MAX,
-        }
+        let min = match (self.is_full, self.is_local()) {
+            (true, _) => AHEAD_BYTES_MIN,
+            (false, true) => AHEAD_BYTES_MAX,
+            (false, false) => AHEAD_BYTES_GROWING,
+        };
+        delivered_in(self.rate().unwrap_or(0), AHEAD).clamp(min, AHEAD_BYTES_MAX)
     }
 
     /// How many bytes the socket may hold in all; `None` where that does not matter, or nothing is known yet.
@@ -347,12 +353,15 @@ mod tests {
     fn a_slow_path_has_milliseconds_ahead_and_a_fast_one_a_chunk() {
         let ahead = |megabits| {
             let mut watched = Watched::new();
-            watched.delivers(megabits, 100);
+            watched.delivers(megabits, 900);
             watched.limit.ahead_bytes_max()
         };
         assert_eq!(ahead(1), AHEAD_BYTES_MIN);
         assert_eq!(ahead(100), holds(100, 4));
         assert_eq!(ahead(10_000), AHEAD_BYTES_MAX);
+        let mut watched = Watched::new();
+        watched.delivers(1, 100);
+        assert_eq!(watched.limit.ahead_bytes_max(), AHEAD_BYTES_GROWING);
     }
 
     #[test]
