@@ -3,7 +3,8 @@
 //! Packets wait here, and not in the kernel, while the connection takes no more, so that what to delay and what to drop
 //! is decided here: flow queueing (deficit round robin, new flows first) with controlled delay for each flow, RFC 8290
 //! and 8289. The way of a packet:
-//! 1. it arrives; as long as nothing has to wait longer than a turn of the loop, that is all: a plain FIFO;
+//! 1. it arrives; as long as nothing has to wait longer than a turn of the loop, that is all: a plain FIFO, unless a turn
+//!    brings super-packets and small ones, for which a turn is long;
 //! 2. as soon as something has to wait, all that is there is sorted into flows, and so is what comes after;
 //! 3. where that exceeds a bound, the fattest flow is cut back, from its front;
 //! 4. the flow whose turn it is gives its first packet; one that has waited too long tells its sender so;
@@ -29,6 +30,8 @@ pub use flows::BUCKETS;
 pub const SEGMENT_BYTES: usize = 1514;
 /// A turn is worth this part of the longest packet that waits, or flows of super-packets would need 40 rounds for one.
 const QUANTUM_SHARE: usize = 8;
+/// A packet that is longer than this keeps others waiting.
+const LONG_BYTES: usize = 8 * SEGMENT_BYTES;
 /// Where a bound is exceeded, this part of it is made free at once, so that the search for the fattest flow pays.
 const CUT_BACK_SHARE: usize = 16;
 /// But no more packets than this at once (RFC 8290 section 4.1.3).
@@ -119,6 +122,9 @@ pub struct Place {
 pub struct EgressQueue<P> {
     links: Links<P>,
     arrived: Chain,
+    /// Whether small and long packets have been among `arrived`.
+    arrived_small: bool,
+    arrived_long: bool,
     dropped: Chain,
     flows: Flows,
     len: usize,
@@ -143,6 +149,8 @@ impl<P: Queued> EgressQueue<P> {
         Self {
             links: Links::new(),
             arrived: Chain::EMPTY,
+            arrived_small: false,
+            arrived_long: false,
             dropped: Chain::EMPTY,
             flows: Flows::new(),
             len: 0,
@@ -174,6 +182,8 @@ impl<P: Queued> EgressQueue<P> {
         self.slots[class] += 1;
         if self.sorted == 0 && self.has_just_arrived(now) {
             self.links.push_last(&mut self.arrived, waiting);
+            self.arrived_small |= bytes <= SEGMENT_BYTES;
+            self.arrived_long |= bytes > LONG_BYTES;
         } else {
             self.sort_arrived();
             self.sort(waiting);
@@ -206,9 +216,11 @@ impl<P: Queued> EgressQueue<P> {
             if self.arrived.is_empty() {
                 self.flows.rest();
                 self.quantum = SEGMENT_BYTES;
+                (self.arrived_small, self.arrived_long) = (false, false);
                 return None;
             }
-            if self.has_just_arrived(now) {
+            let is_mixed = self.arrived_small && self.arrived_long;
+            if self.has_just_arrived(now) && !is_mixed {
                 return self.pop_arrived();
             }
             self.sort_arrived();

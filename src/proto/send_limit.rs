@@ -52,6 +52,8 @@ const FLAT_WINDOWS: u8 = 2;
 /// Round trips longer than what is under way explains, by this share (per cent) and this time, are somebody else's doing.
 const EXPLAINED_PERCENT: u32 = 125;
 const EXPLAINED_SLACK: Duration = Duration::from_millis(2);
+/// They have to be so for so many windows: a queue of our own, or one before a bottleneck that has got slower, is gone then.
+const CROWDED_WINDOWS: u8 = 3;
 /// For how long nothing is limited then.
 const COMPETING: Duration = Duration::from_secs(10);
 /// A path is lossy that has had so many segments sent again, and at least one of so many, while round trips were not longer
@@ -102,6 +104,8 @@ pub struct SendLimit {
     window_began: Option<Instant>,
     /// Whether all round trips of this window were longer than what is under way explains.
     is_crowded: bool,
+    /// Windows like that in a row.
+    crowded_windows: u8,
     /// Whether there was more to send than was taken at any time of this window.
     was_busy: bool,
     /// Windows like that in a row in which the rate hardly grew.
@@ -178,8 +182,13 @@ impl SendLimit {
                 false => self.flat_windows.saturating_add(u8::from(self.was_busy)),
             };
             self.is_full |= self.flat_windows >= FLAT_WINDOWS;
-            if self.is_crowded && self.is_full {
+            self.crowded_windows = match self.is_crowded && self.is_full {
+                true => self.crowded_windows + 1,
+                false => 0,
+            };
+            if self.crowded_windows == CROWDED_WINDOWS {
                 self.competing_until = now + COMPETING;
+                self.crowded_windows = 0;
             }
             self.is_crowded = true;
             self.was_busy = false;
