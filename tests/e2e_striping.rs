@@ -13,6 +13,8 @@ use serde_json::Value;
 
 /// Connections of a session that has several, configured or found out.
 const CONNECTIONS: usize = 4;
+/// Those of a session that can have no more.
+const CONNECTIONS_MAX: usize = 16;
 /// The one that something happens to.
 const VICTIM: usize = 2;
 /// Enough to be in the middle of things.
@@ -292,12 +294,9 @@ fn a_long_path_has_several(#[values("auto", "cubic")] congestion_control: &str) 
     until_true("all connections on the server", || {
         connections(&status(lab.host("server"))).len() == CONNECTIONS
     });
-    let wanted = match congestion_control {
-        "auto" => "bbr",
-        other => other,
-    };
+    // Nothing has been lost yet.
     for connection in connections(&status(client)) {
-        assert_eq!(connection["tcp"]["congestion_control"], wanted);
+        assert_eq!(connection["tcp"]["congestion_control"], "cubic");
     }
     for direction in [Direction::Up, Direction::Down] {
         let transfer = Transfer::start(client, web, WEB_V4.into(), direction);
@@ -308,4 +307,32 @@ fn a_long_path_has_several(#[values("auto", "cubic")] congestion_control: &str) 
     let lines = tunnel.client.lines();
     let grown = lines.iter().filter(|line| line.contains("not local"));
     assert_eq!(grown.count(), 1, "{lines:?}");
+}
+
+/// One that does not mind losses needs no more connections than on any long path.
+#[rstest]
+#[case("auto", "bbr", CONNECTIONS)]
+#[case("cubic", "cubic", CONNECTIONS_MAX)]
+fn losses_are_borne_or_spread_over_more_connections(
+    #[case] configured: &str,
+    #[case] used: &str,
+    #[case] wanted: usize,
+) {
+    let lab = build(Topology::Lossy);
+    let (client, web) = (lab.host("client"), lab.host("web"));
+    configure(client, &format!("congestion_control = \"{configured}\"\n"));
+    let tunnel = Tunnel::start(&lab);
+    let transfer = Transfer::start(client, web, WEB_V4.into(), Direction::Up);
+    until_true("a connection that has noticed", || {
+        let status = status(client);
+        let connections = connections(&status);
+        connections.len() == wanted
+            && connections
+                .iter()
+                .any(|one| one["tcp"]["congestion_control"] == used)
+    });
+    transfer.wait_for_more(SOME_BYTES);
+    transfer.finish();
+    assert_eq!(counts(client), (wanted, wanted, 1));
+    assert_no_panic(&tunnel.client);
 }

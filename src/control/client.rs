@@ -5,7 +5,7 @@
 //! packets. Meanwhile its flows use the other connections.
 //!
 //! How many places there are is configured, or found out: one as long as the path seems to be local, else
-//! [`CONNECTIONS_AUTO`].
+//! [`CONNECTIONS_FAR`] or [`CONNECTIONS_LOSSY`].
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -26,7 +26,9 @@ use super::reconnect::Reconnect;
 use super::runtime::spawn;
 use super::status::{self, Questions, Subject, connection};
 use super::{Ending, Rings, chain, ended, network};
-use crate::config::{CONNECTIONS_AUTO, Cipher, ClientConfig, CongestionControl, Connections};
+use crate::config::{
+    CONNECTIONS_FAR, CONNECTIONS_LOSSY, Cipher, ClientConfig, CongestionControl, Connections,
+};
 use crate::invite::{Host, Invite};
 use crate::keeper::request::{ClientSetup, Notice};
 use crate::keeper::{Link, Notices, SetupFds};
@@ -37,6 +39,7 @@ use crate::proto::route_table::{ConnectionRef, Member, RouteTable, SessionId, Se
 use crate::status::{Report, Role, State};
 use crate::sys::route;
 use crate::tls::certificate::{Trust, client_config};
+use crate::worker::PathKind;
 use crate::worker::connection::InnerSources;
 use crate::worker::{CloseCause, Event, Handoff, Workers};
 
@@ -542,7 +545,7 @@ impl Client {
             Event::Responsive { connection } => {
                 self.set_silent(connection, false);
             }
-            Event::FarPath { connection } => self.path_is_far(connection),
+            Event::Path { connection, kind } => self.path_is(connection, kind),
             Event::Closed { connection, cause } => self.closed(connection, &cause),
             Event::Fatal { worker, error } => {
                 return Err(Ending::failed(format!(
@@ -565,13 +568,19 @@ impl Client {
     }
 
     /// Where the number of connections goes by the path, it is known from now on.
-    fn path_is_far(&mut self, connection: ConnectionRef) {
+    fn path_is(&mut self, connection: ConnectionRef, kind: PathKind) {
+        let (wanted, found) = match kind {
+            PathKind::Local => return,
+            PathKind::Far => (CONNECTIONS_FAR, "is not local"),
+            PathKind::Lossy => (CONNECTIONS_LOSSY, "loses packets"),
+        };
+        let had = self.places.len();
         if self.config.connections == Connections::Auto
-            && self.places.len() < CONNECTIONS_AUTO
+            && had < wanted
             && self.place_of(connection).is_some()
         {
-            tracing::info!("the path is not local: {CONNECTIONS_AUTO} connections in place of one");
-            self.places.resize_with(CONNECTIONS_AUTO, Place::default);
+            tracing::info!("the path {found}: {wanted} connections in place of {had}");
+            self.places.resize_with(wanted, Place::default);
             self.fill_further_places();
         }
     }

@@ -87,7 +87,7 @@ pub async fn run(
                 Event::Unresponsive { connection } => house.tunnels.borrow_mut().set_silent(connection, true),
                 Event::Responsive { connection } => house.tunnels.borrow_mut().set_silent(connection, false),
                 // How many connections it wants is up to the client.
-                Event::FarPath { .. } => {}
+                Event::Path { .. } => {}
                 Event::Fatal { worker, error } => {
                     break Ending::failed(format!("worker {worker} stopped: {}", super::chain(&error)));
                 }

@@ -82,6 +82,12 @@ pub fn bear_losses(socket: BorrowedFd<'_>) {
     }
 }
 
+/// Whether a connection's congestion control is the one that does not mind losses.
+pub fn bears_losses(socket: BorrowedFd<'_>) -> bool {
+    let name = SockRef::from(&socket).tcp_congestion();
+    name.is_ok_and(|name| name.split(|byte| *byte == 0).next() == Some(BBR.as_bytes()))
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
@@ -115,8 +121,10 @@ mod tests {
         };
         assert_eq!(name(), "reno");
         if has_bbr() {
+            assert!(!bears_losses(far.as_fd()));
             bear_losses(far.as_fd());
             assert_eq!(name(), BBR);
+            assert!(bears_losses(far.as_fd()));
         }
     }
 }

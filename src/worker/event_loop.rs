@@ -396,9 +396,10 @@ impl Worker {
         connection
             .path
             .look(connection.socket.as_fd(), self.now, false);
-        if connection.path.has_turned_far() {
-            self.tell_control(Event::FarPath {
+        if let Some(kind) = connection.path.has_turned() {
+            self.tell_control(Event::Path {
                 connection: reference,
+                kind,
             });
         }
         if self.connections.len() <= slot {
@@ -555,11 +556,12 @@ impl Worker {
         }
         connection.queue.release_memory(now);
         let reference = connection.reference;
-        let is_far_now = connection.path.has_turned_far();
+        let turned = connection.path.has_turned();
         self.free_memory_of(slot);
-        if is_far_now {
-            self.tell_control(Event::FarPath {
+        if let Some(kind) = turned {
+            self.tell_control(Event::Path {
                 connection: reference,
+                kind,
             });
         }
         let Some(connection) = self.connection(slot) else {

@@ -112,6 +112,17 @@ pub struct Handoff {
     pub follows_path: bool,
 }
 
+/// What a path turns out to be, from good to bad.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum PathKind {
+    /// Within a host or a rack ([`send_limit::is_local`]), or nothing is known yet.
+    Local,
+    /// Longer than that.
+    Far,
+    /// It loses packets too ([`send_limit::SendLimit::is_lossy`]), and the congestion control minds.
+    Lossy,
+}
+
 /// Why a connection ended.
 #[derive(Debug)]
 pub enum CloseCause {
@@ -147,10 +158,12 @@ pub enum Event {
         /// The one that is heard from again.
         connection: ConnectionRef,
     },
-    /// The path has turned out not to be local ([`send_limit::is_local`]). Told once.
-    FarPath {
+    /// The path has turned out to be worse than was known before.
+    Path {
         /// Whose path.
         connection: ConnectionRef,
+        /// What it has turned out to be.
+        kind: PathKind,
     },
     /// The connection is gone; its reference may be released.
     Closed {

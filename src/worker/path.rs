@@ -1,5 +1,6 @@
 //! What a connection knows of its path, and how much it may send because of that.
 
+use super::PathKind;
 use crate::proto::send_limit::SendLimit;
 use crate::proto::timer::Instant;
 use crate::sys::{congestion, socket, tcp_info};
@@ -13,11 +14,15 @@ const HELD_BACK_INTERVAL: Duration = Duration::from_millis(1);
 
 /// One connection's path.
 pub(super) struct Path {
-    /// Whether the congestion control may still change with the path.
+    /// Whether the congestion control changes with the path.
     follows: bool,
     limit: SendLimit,
-    /// The path has turned out not to be local. That is final.
-    is_far: bool,
+    /// It has turned out to lose packets. That is final.
+    is_lossy: bool,
+    /// The worst that it has turned out to be. That is final.
+    kind: PathKind,
+    /// The same as control knows it.
+    told: PathKind,
     looked_at: Instant,
     /// What the kernel was last told to hold unsent.
     unsent_bytes_max: u64,
@@ -29,7 +34,9 @@ impl Path {
         Self {
             follows,
             limit: SendLimit::new(),
-            is_far: false,
+            is_lossy: false,
+            kind: PathKind::Local,
+            told: PathKind::Local,
             looked_at: Instant::ZERO,
             unsent_bytes_max: u64::from(socket::NOTSENT_LOWAT_BYTES),
         }
@@ -51,17 +58,27 @@ impl Path {
         };
         self.limit.observe(now, sample);
         self.limit_unsent(socket);
-        if self.follows && self.limit.is_lossy() && !self.limit.is_local() {
-            self.follows = false;
-            congestion::bear_losses(socket);
+        if self.limit.is_local() {
+            return;
+        }
+        self.kind = self.kind.max(PathKind::Far);
+        if self.limit.is_lossy() && !self.is_lossy {
+            self.is_lossy = true;
+            if self.follows {
+                congestion::bear_losses(socket);
+            }
+            if !congestion::bears_losses(socket) {
+                self.kind = PathKind::Lossy;
+            }
         }
     }
 
-    /// Whether the path has turned out just now not to be local.
-    pub(super) fn has_turned_far(&mut self) -> bool {
-        let was_far = self.is_far;
-        self.is_far |= !self.limit.is_local();
-        self.is_far && !was_far
+    /// What the path has turned out just now to be, if that is worse than what was known before.
+    pub(super) fn has_turned(&mut self) -> Option<PathKind> {
+        (self.told < self.kind).then(|| {
+            self.told = self.kind;
+            self.kind
+        })
     }
 
     fn limit_unsent(&mut self, socket: BorrowedFd<'_>) {

@@ -155,7 +155,7 @@ impl End {
                 .block_on(async { tokio::time::timeout(PATIENCE, self.events.recv()).await })
                 .expect("an event in time")
                 .expect("workers that run");
-            if !matches!(event, Event::FarPath { .. }) {
+            if !matches!(event, Event::Path { .. }) {
                 return event;
             }
         }
