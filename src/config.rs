@@ -118,7 +118,7 @@ pub enum Cipher {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum CongestionControl {
-    /// By the length of the path: BBR where the kernel has it, but CUBIC within a host or a rack.
+    /// CUBIC; BBR, where the kernel has it, from when the path turns out to lose packets.
     #[default]
     Auto,
     /// One of the kernel's by name, from the first byte to the last.

@@ -295,7 +295,7 @@ fn congestion(findings: &Findings) -> Check {
     if findings.has_bbr {
         return check(NAME, BOTH, Level::Ok, "BBR can be had");
     }
-    let found = "no BBR, which holds up better where packets are lost and queues are deep";
+    let found = "no BBR, which holds up better where packets are lost";
     check(NAME, BOTH, Level::Degraded, found)
         .fix("install the package with the module tcp_bbr, then `modprobe tcp_bbr`")
 }

@@ -37,6 +37,8 @@ const QUEUED_RTT_MAX: Duration = Duration::from_millis(50);
 /// what it delivers in a time that covers the worker's own pauses.
 const FULL_PERCENT: u32 = 110;
 const FULL_SLACK: Duration = Duration::from_millis(4);
+/// The same share where packets are lost. Each of them is under way for a round trip more, and so is what comes after it.
+const LOSSY_PERCENT: u32 = 250;
 /// The same share while the rate still grows. In slow start twice as much is under way in each round trip, and a rate is
 /// known one round trip later.
 const GROWING_PERCENT: u32 = 400;
@@ -233,10 +235,10 @@ impl SendLimit {
     }
 
     fn under_way_bytes(&self) -> Option<u64> {
-        let percent = if self.is_full {
-            FULL_PERCENT
-        } else {
-            GROWING_PERCENT
+        let percent = match (self.is_full, self.is_lossy()) {
+            (false, _) => GROWING_PERCENT,
+            (true, true) => LOSSY_PERCENT,
+            (true, false) => FULL_PERCENT,
         };
         let time = self.latest.rtt_min.saturating_mul(percent) / 100 + FULL_SLACK;
         Some(delivered_in(self.rate()?, time).max(UNDER_WAY_BYTES_MIN))
@@ -459,9 +461,11 @@ mod tests {
         watched.sample.retransmitted_segments += 30;
         watched.delivers(100, 10);
         assert!(!watched.limit.is_lossy(), "30 of 20,000");
+        assert_eq!(watched.under_way_bytes_max(), Some(holds(100, 44 + 4)));
         watched.sample.retransmitted_segments += 30;
         watched.delivers(100, 10);
         assert!(watched.limit.is_lossy());
+        assert_eq!(watched.under_way_bytes_max(), Some(holds(100, 100 + 4)));
     }
 
     proptest! {
