@@ -24,9 +24,10 @@ by the environment variable RINGTUN_INVITE, by standard input (INVITE is `-`) or
 by `invite = \"...\"` in the configuration. The command line goes before the
 environment, and that before the configuration.
 
-On a path longer than a rack the client opens four connections, or sixteen where
-packets are lost and there is no BBR, and shares the traffic out among them;
-`connections` in the configuration says another number.
+Where the path loses packets, or holds more than one connection can have under
+way, the client opens four connections, or sixteen if packets are lost and there
+is no BBR, and shares the traffic out among them; `connections` in the
+configuration says another number.
 
 The tunnel stays up, and reconnects by itself, until Ctrl-C or SIGTERM; then
 routes and resolver are as they were before.";

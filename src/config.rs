@@ -31,12 +31,12 @@ pub const INTERFACE_BYTES_MAX: usize = 15;
 pub const LISTENERS_MAX: usize = 32;
 /// Connections of one session, at most.
 pub const CONNECTIONS_MAX: usize = 16;
-/// Connections of a session across a network, unless configured.
-pub const CONNECTIONS_FAR: usize = 4;
-/// The same where the network loses packets and the congestion control slows down for each.
-pub const CONNECTIONS_LOSSY: usize = CONNECTIONS_MAX;
-const _: () = assert!(CONNECTIONS_FAR <= CONNECTIONS_LOSSY);
-const _: () = assert!(CONNECTIONS_LOSSY <= CONNECTIONS_MAX);
+/// Connections of a session whose path loses packets or holds more than one of them, unless configured.
+pub const CONNECTIONS_STRIPED: usize = 4;
+/// The same where the congestion control slows down for each lost packet.
+pub const CONNECTIONS_SLOWED: usize = CONNECTIONS_MAX;
+const _: () = assert!(CONNECTIONS_STRIPED <= CONNECTIONS_SLOWED);
+const _: () = assert!(CONNECTIONS_SLOWED <= CONNECTIONS_MAX);
 /// Worker threads, at most.
 pub const WORKERS_MAX: usize = 64;
 /// Connections that are no tunnels (yet), all sources together, unless configured.
@@ -174,7 +174,7 @@ impl From<CongestionControl> for String {
 /// How many TCP connections a session has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Connections {
-    /// By what the path is like: one within a host or a rack, else [`CONNECTIONS_FAR`] or [`CONNECTIONS_LOSSY`].
+    /// By what the path is like: one, [`CONNECTIONS_STRIPED`] or [`CONNECTIONS_SLOWED`].
     #[default]
     Auto,
     /// So many from the beginning.
@@ -193,7 +193,7 @@ impl Connections {
     /// How many it may come to have.
     pub fn at_most(self) -> usize {
         match self {
-            Self::Auto => CONNECTIONS_FAR,
+            Self::Auto => CONNECTIONS_STRIPED,
             Self::Fixed(connections) => connections,
         }
     }
@@ -836,7 +836,7 @@ mod tests {
         for (text, workers) in [
             ("", 1),
             ("workers = 2", 2),
-            ("workers = 64", CONNECTIONS_FAR),
+            ("workers = 64", CONNECTIONS_STRIPED),
             ("connections = 1\nworkers = 2", 1),
             ("connections = 3", 3),
             ("connections = 16", 8),

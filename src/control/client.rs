@@ -4,8 +4,8 @@
 //! task that tries until it has a new one; the old one, if it is still there, is closed when the new one carries
 //! packets. Meanwhile its flows use the other connections.
 //!
-//! How many places there are is configured, or found out: one as long as the path seems to be local, else
-//! [`CONNECTIONS_FAR`] or [`CONNECTIONS_LOSSY`].
+//! How many places there are is configured, or found out: one, or where the path asks for more
+//! [`CONNECTIONS_STRIPED`] or [`CONNECTIONS_SLOWED`].
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -27,7 +27,7 @@ use super::runtime::spawn;
 use super::status::{self, Questions, Subject, connection};
 use super::{Ending, Rings, chain, ended, network};
 use crate::config::{
-    CONNECTIONS_FAR, CONNECTIONS_LOSSY, Cipher, ClientConfig, CongestionControl, Connections,
+    CONNECTIONS_SLOWED, CONNECTIONS_STRIPED, Cipher, ClientConfig, CongestionControl, Connections,
 };
 use crate::invite::{Host, Invite};
 use crate::keeper::request::{ClientSetup, Notice};
@@ -567,12 +567,13 @@ impl Client {
         Some(ordinal)
     }
 
-    /// Where the number of connections goes by the path, it is known from now on.
+    /// Where the number of connections goes by the path.
     fn path_is(&mut self, connection: ConnectionRef, kind: PathKind) {
         let (wanted, found) = match kind {
-            PathKind::Local => return,
-            PathKind::Far => (CONNECTIONS_FAR, "is not local"),
-            PathKind::Lossy => (CONNECTIONS_LOSSY, "loses packets"),
+            PathKind::Ordinary => return,
+            PathKind::LongFat => (CONNECTIONS_STRIPED, "holds more than one connection"),
+            PathKind::Lossy => (CONNECTIONS_STRIPED, "loses packets"),
+            PathKind::Slowed => (CONNECTIONS_SLOWED, "loses packets"),
         };
         let had = self.places.len();
         if self.config.connections == Connections::Auto

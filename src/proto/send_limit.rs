@@ -58,6 +58,9 @@ const EXPLAINED_SLACK: Duration = Duration::from_millis(2);
 const CROWDED_WINDOWS: u8 = 3;
 /// For how long nothing is limited then.
 const COMPETING: Duration = Duration::from_secs(10);
+/// With so much in a round trip a path is a long, fat one (RFC 7323, section 1.1): within a factor of three of what a connection's
+/// buffers hold at the kernel's defaults (`tcp_rmem`, `tcp_wmem`).
+const LONG_FAT_BYTES: u64 = 1024 * 1024;
 /// A path is lossy that has had so many segments sent again, and at least one of so many, while round trips were not longer
 /// than this share of the shortest (per cent) and this time, so that no queue can have been full.
 const LOSSES_MIN: u64 = 3;
@@ -268,6 +271,11 @@ impl SendLimit {
         !self.is_full && !self.is_local()
     }
 
+    /// Whether more is under way at that rate, in either direction, than one connection is sure to hold.
+    pub fn is_long_fat(&self, bytes_per_second: u64) -> bool {
+        delivered_in(bytes_per_second, self.latest.rtt_min) >= LONG_FAT_BYTES && !self.is_local()
+    }
+
     /// Whether the path loses what does not fill its queues.
     pub fn is_lossy(&self) -> bool {
         self.retransmitted >= LOSSES_MIN && self.retransmitted * LOSSY_ONE_OF >= self.delivered
@@ -444,6 +452,19 @@ mod tests {
         watched.sample.rtt = RTT;
         watched.delivers(20, 10_000);
         assert!(watched.limit.is_held_back(watched.now), "they have gone");
+    }
+
+    #[test]
+    fn a_long_fat_path_has_more_under_way_than_a_connection_holds() {
+        let mut watched = Watched::new();
+        assert!(!watched.limit.is_long_fat(u64::MAX), "nothing is known");
+        watched.delivers(1, 100);
+        assert!(!watched.limit.is_long_fat(200 * 125_000), "1 MB");
+        assert!(watched.limit.is_long_fat(210 * 125_000), "1.05 MB");
+        watched.sample.rtt_min = LOCAL_RTT_MAX;
+        watched.sample.rtt = LOCAL_RTT_MAX;
+        watched.delivers(1, 100);
+        assert!(!watched.limit.is_long_fat(10_000 * 125_000), "short");
     }
 
     #[test]

@@ -556,6 +556,8 @@ impl Worker {
         }
         connection.queue.release_memory(now);
         let reference = connection.reference;
+        let received = &connection.stats.counters.received_stream_bytes;
+        connection.path.on_received(now, received.get());
         let turned = connection.path.has_turned();
         self.free_memory_of(slot);
         if let Some(kind) = turned {

@@ -33,7 +33,7 @@ use crate::tls::handshake::{Agreed, Established};
 use crate::uring::probe::{RingError, SetUp};
 use crate::uring::ring::{Bell, PreparedRing, Ring};
 #[cfg(doc)]
-use crate::{proto::send_limit, sys::congestion};
+use crate::{proto::send_limit::SendLimit, sys::congestion};
 use connection::InnerSources;
 use crossbeam_queue::SegQueue;
 use handover::Mailbox;
@@ -112,15 +112,17 @@ pub struct Handoff {
     pub follows_path: bool,
 }
 
-/// What a path turns out to be, from good to bad.
+/// What a path turns out to be, by how many connections it wants.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum PathKind {
-    /// Within a host or a rack ([`send_limit::is_local`]), or nothing is known yet.
-    Local,
-    /// Longer than that.
-    Far,
-    /// It loses packets too ([`send_limit::SendLimit::is_lossy`]), and the congestion control minds.
+    /// One does, or nothing is known yet.
+    Ordinary,
+    /// More is under way than one connection holds ([`SendLimit::is_long_fat`]).
+    LongFat,
+    /// It loses packets ([`SendLimit::is_lossy`]).
     Lossy,
+    /// And the congestion control slows down for each.
+    Slowed,
 }
 
 /// Why a connection ended.

@@ -17,8 +17,8 @@ pub(super) struct Path {
     /// Whether the congestion control changes with the path.
     follows: bool,
     limit: SendLimit,
-    /// It has turned out to lose packets. That is final.
-    is_lossy: bool,
+    /// Bytes received, and when that was looked at.
+    received: (Instant, u64),
     /// The worst that it has turned out to be. That is final.
     kind: PathKind,
     /// The same as control knows it.
@@ -34,9 +34,9 @@ impl Path {
         Self {
             follows,
             limit: SendLimit::new(),
-            is_lossy: false,
-            kind: PathKind::Local,
-            told: PathKind::Local,
+            received: (Instant::ZERO, 0),
+            kind: PathKind::Ordinary,
+            told: PathKind::Ordinary,
             looked_at: Instant::ZERO,
             unsent_bytes_max: u64::from(socket::NOTSENT_LOWAT_BYTES),
         }
@@ -58,18 +58,29 @@ impl Path {
         };
         self.limit.observe(now, sample);
         self.limit_unsent(socket);
-        if self.limit.is_local() {
-            return;
-        }
-        self.kind = self.kind.max(PathKind::Far);
-        if self.limit.is_lossy() && !self.is_lossy {
-            self.is_lossy = true;
+        self.carries(self.limit.rate().unwrap_or(0));
+        if self.kind < PathKind::Lossy && self.limit.is_lossy() && !self.limit.is_local() {
             if self.follows {
                 congestion::bear_losses(socket);
             }
-            if !congestion::bears_losses(socket) {
-                self.kind = PathKind::Lossy;
-            }
+            self.kind = match congestion::bears_losses(socket) {
+                true => PathKind::Lossy,
+                false => PathKind::Slowed,
+            };
+        }
+    }
+
+    /// So many bytes have been received since the connection began. Wants to know every now and then.
+    pub(super) fn on_received(&mut self, now: Instant, bytes: u64) {
+        let (since, before) = std::mem::replace(&mut self.received, (now, bytes));
+        let nanos = now.since(since).as_nanos().max(1);
+        let rate = u128::from(bytes - before) * 1_000_000_000 / nanos;
+        self.carries(u64::try_from(rate).unwrap_or(u64::MAX));
+    }
+
+    fn carries(&mut self, bytes_per_second: u64) {
+        if self.limit.is_long_fat(bytes_per_second) {
+            self.kind = self.kind.max(PathKind::LongFat);
         }
     }
 
