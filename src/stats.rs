@@ -170,6 +170,8 @@ pub struct BuffersInUse {
     pub chunks: Gauge,
     /// Buffers for packets and plaintext.
     pub packets: Gauge,
+    /// Buffers for packets of a few segments that wait.
+    pub medium_packets: Gauge,
     /// Buffers for small packets that wait.
     pub small_packets: Gauge,
 }

@@ -152,10 +152,12 @@ pub struct WorkerIo {
 /// Pooled buffers that are not in the pool, by kind. An idle connection has none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BuffersInUse {
-    /// For ciphertext, 128 to 512 KiB each.
+    /// For ciphertext, 128 to 256 KiB each.
     pub chunks: u64,
     /// For packets and plaintext, 92 KiB each.
     pub packets: u64,
+    /// For packets of a few segments that wait, 12 KiB each.
+    pub medium_packets: u64,
     /// For small packets that wait, 2 KiB each.
     pub small_packets: u64,
 }

@@ -49,7 +49,7 @@ fn an_idle_connection_holds_no_buffers(lab: Lab) {
     let hosts = [lab.host("client"), lab.host("server")];
     let in_use = |host| {
         let status = status(host);
-        let classes = ["chunks", "packets", "small_packets"].map(|class| {
+        let classes = ["chunks", "packets", "medium_packets", "small_packets"].map(|class| {
             let workers = list(&status, "workers").iter();
             let of_worker = |worker| number(worker, &format!("/buffers_in_use/{class}"));
             workers.map(of_worker).sum::<u64>()

@@ -188,6 +188,7 @@ impl Subject {
                     buffers_in_use: status::BuffersInUse {
                         chunks: buffers.chunks.get(),
                         packets: buffers.packets.get(),
+                        medium_packets: buffers.medium_packets.get(),
                         small_packets: buffers.small_packets.get(),
                     },
                     counters: counters.read(),

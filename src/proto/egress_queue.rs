@@ -37,7 +37,7 @@ const CUT_BACK_SHARE: usize = 16;
 /// But no more packets than this at once (RFC 8290 section 4.1.3).
 const CUT_BACK_PACKETS_MAX: usize = 64;
 /// Kinds of memory that packets are held in; what they are, the owner of the memory knows.
-pub const CLASSES: usize = 2;
+pub const CLASSES: usize = 3;
 
 /// What a packet tells of itself.
 pub trait Queued {

@@ -19,10 +19,12 @@ use std::ptr::NonNull;
 pub const HEADROOM_BYTES: usize = 16;
 /// One packet with its headers, or the plaintext of a few records: see the assertion in `worker::inbound`.
 pub const PACKET_SLOT_BYTES: usize = 92 * 1024;
+/// A packet of a few segments that has to wait: what a slow path's acknowledgements release at a time.
+pub const MEDIUM_SLOT_BYTES: usize = 12 * 1024;
 /// A small packet that has to wait.
 pub const SMALL_SLOT_BYTES: usize = 2048;
 /// The largest chunk of ciphertext that is read or written at once.
-pub const CHUNK_BYTES_MAX: usize = 512 * 1024;
+pub const CHUNK_BYTES_MAX: usize = 256 * 1024;
 /// The smallest; several whole records fit.
 pub const CHUNK_BYTES_MIN: usize = 128 * 1024;
 /// What a worker's memory is unless configured.
@@ -40,12 +42,14 @@ pub enum Class {
     Chunk,
     /// A packet of up to 64 KiB, or plaintext.
     Packet,
+    /// A packet of up to [`MEDIUM_SLOT_BYTES`].
+    Medium,
     /// A packet of up to [`SMALL_SLOT_BYTES`].
     Small,
 }
 
 impl Class {
-    const ALL: [Self; 3] = [Self::Chunk, Self::Packet, Self::Small];
+    const ALL: [Self; 4] = [Self::Chunk, Self::Packet, Self::Medium, Self::Small];
 }
 
 /// An anonymous mapping; it may be registered with a ring.
@@ -255,13 +259,14 @@ struct ClassPool {
 /// A worker's packet memory.
 pub struct Pool {
     region: Region,
-    classes: [ClassPool; 3],
+    classes: [ClassPool; 4],
     /// Per slot: the buffer handle (1) plus its pieces.
     holders: Vec<u32>,
 }
 
 impl Pool {
-    /// Maps `budget_bytes` and cuts them up: three eighths each for chunks and packets, the rest small.
+    /// Maps `budget_bytes` and cuts them up: three eighths each for chunks and packets, one each for medium and for
+    /// small ones.
     ///
     /// # Errors
     /// What mmap says.
@@ -270,20 +275,16 @@ impl Pool {
         let chunk_bytes = (budget_bytes / 16)
             .clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
             .next_multiple_of(PAGE_BYTES);
-        let (chunks, packets) = (
-            budget_bytes * 3 / 8 / chunk_bytes,
-            budget_bytes * 3 / 8 / PACKET_SLOT_BYTES,
-        );
-        let small =
-            (budget_bytes - chunks * chunk_bytes - packets * PACKET_SLOT_BYTES) / SMALL_SLOT_BYTES;
         let region = Region::map(budget_bytes)?;
         let (mut offset, mut first_slot) = (0, 0);
         let classes = [
-            (chunk_bytes, chunks),
-            (PACKET_SLOT_BYTES, packets),
-            (SMALL_SLOT_BYTES, small),
+            (chunk_bytes, 3),
+            (PACKET_SLOT_BYTES, 3),
+            (MEDIUM_SLOT_BYTES, 1),
+            (SMALL_SLOT_BYTES, 1),
         ]
-        .map(|(slot_bytes, slots)| {
+        .map(|(slot_bytes, eighths)| {
+            let slots = budget_bytes * eighths / 8 / slot_bytes;
             let class = ClassPool {
                 first_slot,
                 offset,
@@ -433,7 +434,7 @@ mod tests {
     proptest! {
         /// Whatever is taken and released in any order: no two live buffers overlap, and all come back.
         #[test]
-        fn buffers_never_overlap(budget_mib in 2usize..12, steps in prop::collection::vec((0usize..3, any::<bool>(), 0usize..64), 1..200)) {
+        fn buffers_never_overlap(budget_mib in 2usize..12, steps in prop::collection::vec((0usize..4, any::<bool>(), 0usize..64), 1..200)) {
             let mut pool = Pool::new(budget_mib << 20).unwrap();
             let before: Vec<usize> = Class::ALL.iter().map(|class| pool.free(*class)).collect();
             prop_assert!(before.iter().all(|free| *free >= 4));

@@ -301,7 +301,7 @@ impl Worker {
         let left = match class {
             Class::Chunk => slots / 3,
             Class::Packet => (slots / 4).max(PACKETS_LEFT_MIN),
-            Class::Small => slots / 4,
+            Class::Medium | Class::Small => slots / 4,
         };
         self.pool.free(class) < left
     }
@@ -534,6 +534,7 @@ impl Worker {
         let shown = &*self.buffers_in_use;
         shown.chunks.set(in_use(Class::Chunk));
         shown.packets.set(in_use(Class::Packet));
+        shown.medium_packets.set(in_use(Class::Medium));
         shown.small_packets.set(in_use(Class::Small));
     }
 

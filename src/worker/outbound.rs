@@ -16,7 +16,7 @@ use crate::tls::record::{
     CONTROL_RECORD_BYTES_MAX, ContentType, RECORD_OVERHEAD_BYTES, RECORD_PLAINTEXT_BYTES_MAX,
     RecordError, RecordLayer,
 };
-use crate::uring::buffer::{Buffer, Class, HEADROOM_BYTES, SMALL_SLOT_BYTES};
+use crate::uring::buffer::{Buffer, Class, HEADROOM_BYTES, MEDIUM_SLOT_BYTES, SMALL_SLOT_BYTES};
 use crate::uring::ring::Completion;
 use crate::uring::token::{Operation, Token};
 use nix::errno::Errno;
@@ -24,7 +24,7 @@ use std::io;
 use std::os::fd::AsFd;
 
 /// Reads of the TUN queue that are submitted at once.
-const TUN_BATCH_MAX: usize = 16;
+const TUN_BATCH_MAX: usize = 8;
 /// What one read may bring: the header and the largest IP packet.
 const TUN_READ_BYTES: usize = VIRTIO_NET_HDR_BYTES + 65535;
 /// Packet slots that reading the TUN queue leaves to the inbound side.
@@ -195,6 +195,8 @@ impl Worker {
         let bytes = HEADROOM_BYTES + handover.bytes.len();
         let class = if bytes <= SMALL_SLOT_BYTES {
             Class::Small
+        } else if bytes <= MEDIUM_SLOT_BYTES {
+            Class::Medium
         } else {
             Class::Packet
         };

@@ -8,15 +8,18 @@ use super::connection::Connection;
 use super::event_loop::{PACKETS_LEFT_MIN, Worker};
 use crate::proto::egress_queue::{Admit, Bounds, CLASSES, Place, Queued, Verdict};
 use crate::proto::offload::{Signal, signal};
-use crate::uring::buffer::{Buffer, Class, HEADROOM_BYTES, Pool, SMALL_SLOT_BYTES};
+use crate::uring::buffer::{
+    Buffer, Class, HEADROOM_BYTES, MEDIUM_SLOT_BYTES, Pool, SMALL_SLOT_BYTES,
+};
 
-/// Of the small slots, this part is left to others.
-const SMALL_RESERVE_SHARE: usize = 8;
+/// Of the medium and of the small slots, this part is left to others.
+const RESERVE_SHARE: usize = 8;
 /// Classes of memory as the queue counts them.
 const LARGE: usize = 0;
-const SMALL: usize = 1;
+const MEDIUM: usize = 1;
+const SMALL: usize = 2;
 
-const _: () = assert!(LARGE < CLASSES && SMALL < CLASSES);
+const _: () = assert!(SMALL < CLASSES);
 
 /// A packet that waits: `virtio_net_hdr` and packet fill the buffer from `start` on. There is headroom before.
 pub(super) struct Outgoing {
@@ -30,19 +33,19 @@ impl Outgoing {
         &self.buffer.bytes()[self.start..]
     }
 
-    /// Moves to a small slot if it fits and there is one.
+    /// Moves to the smallest slot in which it fits and of which there is one.
     fn shrink(&mut self, pool: &mut Pool) {
         let with_headroom = self.start - HEADROOM_BYTES;
-        if self.buffer.capacity() == SMALL_SLOT_BYTES
-            || self.buffer.filled() - with_headroom > SMALL_SLOT_BYTES
-        {
-            return;
-        }
-        let Some(mut small) = pool.take(Class::Small) else {
+        let bytes = self.buffer.filled() - with_headroom;
+        let smaller = [Class::Small, Class::Medium].into_iter().find(|class| {
+            let slot_bytes = pool.slot_bytes(*class);
+            bytes <= slot_bytes && slot_bytes < self.buffer.capacity() && pool.free(*class) > 0
+        });
+        let Some(mut smaller) = smaller.and_then(|class| pool.take(class)) else {
             return;
         };
-        small.append(&self.buffer.bytes()[with_headroom..]);
-        pool.release(std::mem::replace(&mut self.buffer, small));
+        smaller.append(&self.buffer.bytes()[with_headroom..]);
+        pool.release(std::mem::replace(&mut self.buffer, smaller));
         self.start = HEADROOM_BYTES;
     }
 }
@@ -55,10 +58,10 @@ impl Queued for Outgoing {
 
     #[inline]
     fn class(&self) -> usize {
-        if self.buffer.capacity() == SMALL_SLOT_BYTES {
-            SMALL
-        } else {
-            LARGE
+        match self.buffer.capacity() {
+            SMALL_SLOT_BYTES => SMALL,
+            MEDIUM_SLOT_BYTES => MEDIUM,
+            _ => LARGE,
         }
     }
 
@@ -106,11 +109,14 @@ impl Worker {
     /// What a queue may hold that has just got `taken` more large slots than it was granted.
     fn bounds(&self, taken: usize) -> Bounds {
         let large = self.pool.free(Class::Packet) + taken;
-        let small_reserve = self.pool.slots(Class::Small) / SMALL_RESERVE_SHARE;
-        let small = self.pool.free(Class::Small).saturating_sub(small_reserve);
+        let besides_reserve = |class| {
+            let reserve = self.pool.slots(class) / RESERVE_SHARE;
+            self.pool.free(class).saturating_sub(reserve).max(1)
+        };
         let mut slots_max = [0; CLASSES];
         slots_max[LARGE] = large.saturating_sub(PACKETS_LEFT_MIN);
-        slots_max[SMALL] = small.max(1);
+        slots_max[MEDIUM] = besides_reserve(Class::Medium);
+        slots_max[SMALL] = besides_reserve(Class::Small);
         Bounds {
             bytes_max: self.queue_bytes_max,
             slots_max,

@@ -80,10 +80,14 @@ fn length_and_kind(bytes: impl Strategy<Value = usize>) -> impl Strategy<Value =
 }
 
 fn bounds() -> impl Strategy<Value = Bounds> {
-    (0..200_000_usize, [0..60_usize, 0..60_usize]).prop_map(|(bytes_max, slots_max)| Bounds {
-        bytes_max,
-        slots_max,
-    })
+    (
+        0..200_000_usize,
+        prop::array::uniform::<_, CLASSES>(0..60_usize),
+    )
+        .prop_map(|(bytes_max, slots_max)| Bounds {
+            bytes_max,
+            slots_max,
+        })
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -357,7 +361,7 @@ fn a_class_that_is_short_is_freed_by_who_holds_most_of_it() {
     let mut queue = EgressQueue::new();
     let bounds = Bounds {
         bytes_max: usize::MAX,
-        slots_max: [10, 3],
+        slots_max: [10, 3, 0],
     };
     for flow in [1, 2, 2, 3] {
         let packet = Toy {
@@ -375,7 +379,7 @@ fn a_class_that_is_short_is_freed_by_who_holds_most_of_it() {
             assert_eq!((dropped.flow, dropped.class), (2, 1));
         }
     }
-    assert_eq!(queue.slots(), [10, 3]);
+    assert_eq!(queue.slots(), [10, 3, 0]);
 }
 
 #[test]
