@@ -35,8 +35,9 @@ const LOCAL_RTT_MAX: Duration = Duration::from_millis(2);
 const QUEUED_RTT_MAX: Duration = Duration::from_millis(50);
 /// A path that is full has so much more under way than its shortest round trip asks for: a share of that (per cent), and
 /// what it delivers in a time that covers the worker's own pauses.
-const FULL_PERCENT: u32 = 110;
-const FULL_SLACK: Duration = Duration::from_millis(4);
+pub const FULL_PERCENT: u32 = 110;
+/// That time.
+pub const FULL_SLACK: Duration = Duration::from_millis(4);
 /// The same share where packets are lost. Each of them is under way for a round trip more, and so is what comes after it.
 const LOSSY_PERCENT: u32 = 250;
 /// The same share while the rate still grows. In slow start twice as much is under way in each round trip, and a rate is
@@ -247,9 +248,9 @@ impl SendLimit {
         Some(delivered_in(self.rate()?, time).max(UNDER_WAY_BYTES_MIN))
     }
 
-    /// The longest round trip that is of our own making.
+    /// The longest round trip that is of our own making, by what is under way or may be.
     fn explained_rtt(&self) -> Option<Duration> {
-        let bytes = u128::from(self.under_way_bytes()?);
+        let bytes = u128::from(self.under_way_bytes()?.max(self.latest.held_bytes));
         let micros = bytes * 1_000_000 / u128::from(self.rate()?);
         let own = Duration::from_micros(saturate(micros));
         Some(own.saturating_mul(EXPLAINED_PERCENT) / 100 + EXPLAINED_SLACK)
@@ -452,6 +453,19 @@ mod tests {
         watched.sample.rtt = RTT;
         watched.delivers(20, 10_000);
         assert!(watched.limit.is_held_back(watched.now), "they have gone");
+    }
+
+    #[test]
+    fn a_deep_queue_of_our_own_is_nobody_elses() {
+        let mut watched = Watched::new();
+        watched.delivers(20, 1000);
+        watched.sample.held_bytes = holds(20, 200);
+        watched.sample.rtt = RTT * 5;
+        watched.delivers(20, 2000);
+        assert!(watched.limit.is_held_back(watched.now));
+        watched.sample.held_bytes = holds(20, 60);
+        watched.delivers(20, 2000);
+        assert_eq!(watched.under_way_bytes_max(), None, "that is not ours");
     }
 
     #[test]
