@@ -163,7 +163,8 @@ impl<P: Queued> EgressQueue<P> {
         }
     }
 
-    /// Takes a packet in, and holds no more than `bounds` allow after that. A packet longer than that is always dropped.
+    /// Takes a packet in, and holds no more than `bounds` allow after that. But a packet that they have no room for at all is
+    /// dropped alone, whatever else is held.
     #[inline]
     pub fn push(&mut self, now: Instant, flow: u32, packet: P, bounds: &Bounds) -> Admit {
         let (bytes, class) = (packet.bytes(), packet.class());
