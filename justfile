@@ -40,6 +40,10 @@ e2e *args:
 e2e-baseline *args:
     RINGTUN_TEST_IO=baseline just test -p ringtun --test "'e2e_*'" --test packet_path --test allocations {{ args }}
 
+# Two sessions joined in memory, in made-up time: `just simulate 20000` tries so many seeds
+simulate seeds="2000":
+    RINGTUN_SIMULATION_SEEDS={{ seeds }} cargo test --locked --test simulation -- --nocapture
+
 # The demonstration: what the firewall blocks, and that ringtun carries it
 lab: release
     ci/as-root {{ target }}/release/lab demo
