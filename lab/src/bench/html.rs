@@ -27,6 +27,7 @@ p{margin:6px 0 14px;max-width:76ch}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums;margin:10px 0;width:100%}
 th,td{padding:6px 10px;border-bottom:1px solid var(--line);text-align:right;vertical-align:top;white-space:nowrap}
+th{white-space:normal}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 td small{display:block}
 .mine{color:var(--accent);font-weight:600}
