@@ -37,6 +37,8 @@ const TCP_FLAG_FIN: u8 = 1;
 const LONG_TRANSFER_BYTES: usize = 3 << 20;
 /// The ten segments of a first window, and a super-packet of two that ends the stream.
 const SHORT_TRANSFER_BYTES: usize = 16_400;
+/// More than it ever takes until one of them ends with a super-packet.
+const ATTEMPTS_MAX: usize = 10;
 
 const fn addresses(host: u8) -> [IpAddr; 2] {
     [
@@ -305,6 +307,17 @@ fn a_tcp_transfer_through_a_queue_that_trims_arrives_whole(
     #[values(0, 1)] family: usize,
     #[values(SHORT_TRANSFER_BYTES, LONG_TRANSFER_BYTES)] bytes: usize,
 ) {
+    if bytes == LONG_TRANSFER_BYTES {
+        assert!(transfer(family, bytes).trimmed.into_inner() >= 5);
+        return;
+    }
+    // A kernel that has room for one more segment at the wrong moment sends the FIN with a single one.
+    let trimmed = |_| transfer(family, bytes).trimmed_with_fin.into_inner();
+    assert!((0..ATTEMPTS_MAX).map(trimmed).any(|trimmed| trimmed != 0));
+}
+
+/// One transfer, which arrives whole with right checksums, and what was done to it on its way.
+fn transfer(family: usize, bytes: usize) -> Way {
     let mut path = build(family);
     let way = Way::default();
     let payload = pattern(bytes);
@@ -333,14 +346,10 @@ fn a_tcp_transfer_through_a_queue_that_trims_arrives_whole(
         reader.join().expect("no panic").expect("all of it in time")
     });
     assert!(received == payload, "{} bytes", received.len());
-    if bytes == SHORT_TRANSFER_BYTES {
-        assert_ne!(way.trimmed_with_fin.into_inner(), 0);
-    } else {
-        assert!(way.trimmed.into_inner() >= 5);
-    }
     for sockets in [&mut path.sockets.0, &mut path.sockets.1] {
         assert_eq!(sockets.checksum_errors(), 0);
     }
+    way
 }
 
 #[rstest]
