@@ -265,8 +265,8 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Maps `budget_bytes` and cuts them up: three eighths each for chunks and packets, one each for medium and for
-    /// small ones.
+    /// Maps `budget_bytes` and cuts them up: three eighths each for chunks and packets, of what is beyond the minimum an
+    /// eighth for medium ones, the rest for small ones.
     ///
     /// # Errors
     /// What mmap says.
@@ -277,14 +277,15 @@ impl Pool {
             .next_multiple_of(PAGE_BYTES);
         let region = Region::map(budget_bytes)?;
         let (mut offset, mut first_slot) = (0, 0);
+        let medium_bytes = (budget_bytes - BUDGET_BYTES_MIN) / 8;
         let classes = [
-            (chunk_bytes, 3),
-            (PACKET_SLOT_BYTES, 3),
-            (MEDIUM_SLOT_BYTES, 1),
-            (SMALL_SLOT_BYTES, 1),
+            (chunk_bytes, budget_bytes * 3 / 8),
+            (PACKET_SLOT_BYTES, budget_bytes * 3 / 8),
+            (MEDIUM_SLOT_BYTES, medium_bytes),
+            (SMALL_SLOT_BYTES, budget_bytes / 4 - medium_bytes),
         ]
-        .map(|(slot_bytes, eighths)| {
-            let slots = budget_bytes * eighths / 8 / slot_bytes;
+        .map(|(slot_bytes, bytes)| {
+            let slots = bytes / slot_bytes;
             let class = ClassPool {
                 first_slot,
                 offset,
@@ -437,7 +438,8 @@ mod tests {
         fn buffers_never_overlap(budget_mib in 2usize..12, steps in prop::collection::vec((0usize..4, any::<bool>(), 0usize..64), 1..200)) {
             let mut pool = Pool::new(budget_mib << 20).unwrap();
             let before: Vec<usize> = Class::ALL.iter().map(|class| pool.free(*class)).collect();
-            prop_assert!(before.iter().all(|free| *free >= 4));
+            prop_assert_eq!(before[Class::Medium as usize] == 0, budget_mib << 20 == BUDGET_BYTES_MIN);
+            prop_assert!(before.iter().all(|free| *free == 0 || *free >= 4));
             let mut out: Vec<Buffer> = Vec::new();
             for (class, take, victim) in steps {
                 if take {
