@@ -39,9 +39,8 @@ use crate::proto::route_table::{ConnectionRef, Member, RouteTable, SessionId, Se
 use crate::status::{Report, Role, State};
 use crate::sys::route;
 use crate::tls::certificate::{Trust, client_config};
-use crate::worker::PathKind;
 use crate::worker::connection::InnerSources;
-use crate::worker::{CloseCause, Event, Handoff, Workers};
+use crate::worker::{CloseCause, Event, Handoff, PathKind, Workers};
 
 /// How long the first connection may take before the program gives up.
 pub const START_TIME: Duration = Duration::from_secs(15);

@@ -396,12 +396,6 @@ impl Worker {
         connection
             .path
             .look(connection.socket.as_fd(), self.now, false);
-        if let Some(kind) = connection.path.has_turned() {
-            self.tell_control(Event::Path {
-                connection: reference,
-                kind,
-            });
-        }
         if self.connections.len() <= slot {
             self.connections.resize_with(slot + 1, || None);
         }

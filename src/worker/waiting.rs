@@ -37,11 +37,12 @@ impl Outgoing {
     fn shrink(&mut self, pool: &mut Pool) {
         let with_headroom = self.start - HEADROOM_BYTES;
         let bytes = self.buffer.filled() - with_headroom;
-        let smaller = [Class::Small, Class::Medium].into_iter().find(|class| {
-            let slot_bytes = pool.slot_bytes(*class);
-            bytes <= slot_bytes && slot_bytes < self.buffer.capacity() && pool.free(*class) > 0
+        let smaller = [Class::Small, Class::Medium].into_iter().find_map(|class| {
+            let slot_bytes = pool.slot_bytes(class);
+            let suits = bytes <= slot_bytes && slot_bytes < self.buffer.capacity();
+            suits.then(|| pool.take(class)).flatten()
         });
-        let Some(mut smaller) = smaller.and_then(|class| pool.take(class)) else {
+        let Some(mut smaller) = smaller else {
             return;
         };
         smaller.append(&self.buffer.bytes()[with_headroom..]);
