@@ -75,7 +75,7 @@ const _: () = assert!(AHEAD_BYTES_MIN < AHEAD_BYTES_GROWING);
 const _: () = assert!(AHEAD_BYTES_GROWING < AHEAD_BYTES_MAX);
 
 /// Whether a path with these round trips, shortest and average, is within a host or a rack and has no long queue.
-pub fn is_local(shortest: Duration, average: Duration) -> bool {
+fn is_local(shortest: Duration, average: Duration) -> bool {
     shortest <= LOCAL_RTT_MAX && average <= QUEUED_RTT_MAX
 }
 
