@@ -115,13 +115,15 @@ fn meet(
     client.set_read_timeout(Some(MEET_INTERVAL))?;
     web.set_read_timeout(Some(MEET_INTERVAL))?;
     let deadline = Instant::now() + MEET_LIMIT;
-    let mut byte = [0; 1];
+    let greeting = [0; 1];
+    // Longer, so that a packet that comes late from a run before, and from a socket that is gone, is told from a greeting.
+    let mut heard = [0; NUMBER_BYTES];
     while Instant::now() < deadline {
-        client.send(&byte)?;
-        if let Ok((_, from)) = web.recv_from(&mut byte) {
+        client.send(&greeting)?;
+        if let Ok((1, from)) = web.recv_from(&mut heard) {
             web.connect(from)?;
-            web.send(&byte)?;
-            if client.recv(&mut byte).is_ok() {
+            web.send(&greeting)?;
+            if client.recv(&mut heard).is_ok() {
                 client.set_read_timeout(Some(RECEIVE_LIMIT))?;
                 web.set_read_timeout(Some(RECEIVE_LIMIT))?;
                 return Ok((client, web));
