@@ -344,16 +344,26 @@ impl Workers {
             workers: Vec::new(),
             next_generation: 1,
         };
-        for (index, setup) in setups.into_iter().enumerate() {
-            match Handle::start(index, setup, Arc::clone(&inlets), events.clone()) {
+        // All at once: most of the time it takes goes into packet memory.
+        let starting: Vec<_> = setups
+            .into_iter()
+            .enumerate()
+            .map(|(index, setup)| Starting::new(index, setup, Arc::clone(&inlets), events.clone()))
+            .collect();
+        let mut failed = None;
+        for worker in starting {
+            match worker.and_then(Starting::finish) {
                 Ok(handle) => started.workers.push(handle),
-                Err(error) => {
-                    started.stop(None);
-                    return Err(error);
-                }
+                Err(error) => failed = failed.or(Some(error)),
             }
         }
-        Ok(started)
+        match failed {
+            None => Ok(started),
+            Some(error) => {
+                started.stop(None);
+                Err(error)
+            }
+        }
     }
 
     /// How many there are.
@@ -475,8 +485,16 @@ impl Workers {
     }
 }
 
-impl Handle {
-    fn start(
+/// A worker that has not said yet what it found.
+struct Starting {
+    inlet: Arc<Inlet>,
+    thread: JoinHandle<()>,
+    counters: Arc<WorkerCounters>,
+    report: mpsc::Receiver<Result<(WorkerInfo, Arc<BuffersInUse>), WorkerError>>,
+}
+
+impl Starting {
+    fn new(
         index: usize,
         setup: WorkerSetup,
         inlets: Arc<[Arc<Inlet>]>,
@@ -484,7 +502,7 @@ impl Handle {
     ) -> Result<Self, WorkerError> {
         let counters = Arc::new(WorkerCounters::default());
         let inlet = Arc::clone(&inlets[index]);
-        let (report, started) = mpsc::sync_channel(1);
+        let (sender, report) = mpsc::sync_channel(1);
         let thread_counters = Arc::clone(&counters);
         let thread = std::thread::Builder::new()
             .name(format!("ringtun-w{index}"))
@@ -494,7 +512,7 @@ impl Handle {
                     event_loop::Worker::new(index, setup, inlets, events.clone(), thread_counters);
                 match worker {
                     Ok(mut worker) => {
-                        let _ = report.send(Ok((worker.info(), worker.buffers())));
+                        let _ = sender.send(Ok((worker.info(), worker.buffers())));
                         if let Err(error) = worker.run() {
                             let _ = events.send(Event::Fatal {
                                 worker: index,
@@ -503,21 +521,30 @@ impl Handle {
                         }
                     }
                     Err(error) => {
-                        let _ = report.send(Err(error));
+                        let _ = sender.send(Err(error));
                     }
                 }
             })
             .map_err(WorkerError::Thread)?;
-        let (info, buffers) = started.recv().unwrap_or_else(|_| {
+        Ok(Self {
+            inlet,
+            thread,
+            counters,
+            report,
+        })
+    }
+
+    fn finish(self) -> Result<Handle, WorkerError> {
+        let (info, buffers) = self.report.recv().unwrap_or_else(|_| {
             Err(WorkerError::Thread(io::Error::other(
                 "the thread ended at once",
             )))
         })?;
-        Ok(Self {
-            inlet,
-            thread,
+        Ok(Handle {
+            inlet: self.inlet,
+            thread: self.thread,
             slots: Slab::new(),
-            counters,
+            counters: self.counters,
             buffers,
             info,
         })
