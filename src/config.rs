@@ -37,6 +37,8 @@ pub const CONNECTIONS_STRIPED: usize = 4;
 pub const CONNECTIONS_SLOWED: usize = CONNECTIONS_MAX;
 const _: () = assert!(CONNECTIONS_STRIPED <= CONNECTIONS_SLOWED);
 const _: () = assert!(CONNECTIONS_SLOWED <= CONNECTIONS_MAX);
+/// Worker threads of a client, unless it or its connections are configured.
+pub const CLIENT_WORKERS: usize = 2;
 /// Worker threads, at most.
 pub const WORKERS_MAX: usize = 64;
 /// Connections that are no tunnels (yet), all sources together, unless configured.
@@ -174,7 +176,8 @@ impl From<CongestionControl> for String {
 /// How many TCP connections a session has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Connections {
-    /// By what the path is like: one, [`CONNECTIONS_STRIPED`] or [`CONNECTIONS_SLOWED`].
+    /// By what the path is like: one, [`CONNECTIONS_STRIPED`] or [`CONNECTIONS_SLOWED`], and where it is fast one more for
+    /// flows that send little.
     #[default]
     Auto,
     /// So many from the beginning.
@@ -454,8 +457,8 @@ pub struct ClientConfig {
     pub mtu: u16,
     /// TCP connections in the session.
     pub connections: Connections,
-    /// Worker threads and TUN queues, no more than connections; unset: one where their number is left open, else one per
-    /// core.
+    /// Worker threads and TUN queues, no more than connections; unset: two where their number is left open, else one per
+    /// core, and no more than cores.
     pub workers: Option<usize>,
     /// What of io_uring the workers use.
     pub io: IoMode,
@@ -531,10 +534,11 @@ impl ClientConfig {
 
     /// Workers and TUN queues for a host with `cores` cores: no more than there may be connections to serve.
     ///
-    /// They are made before it is known whether the path is local, where a second one would only cost hand-overs.
+    /// Unless configured, the second of two is for flows that send little, where a fast path keeps the first one busy. They are
+    /// made before it is known what the path is like.
     pub fn worker_count(&self, cores: usize) -> usize {
         let unless_configured = match self.connections {
-            Connections::Auto => 1,
+            Connections::Auto => cores.min(CLIENT_WORKERS),
             Connections::Fixed(_) => cores,
         };
         self.workers
@@ -832,10 +836,10 @@ mod tests {
     }
 
     #[test]
-    fn a_client_has_more_than_one_worker_only_where_connections_are_sure_to_use_them() {
+    fn a_client_has_no_more_workers_than_connections_that_are_sure_to_use_them() {
         for (text, workers) in [
-            ("", 1),
-            ("workers = 2", 2),
+            ("", 2),
+            ("workers = 1", 1),
             ("workers = 64", CONNECTIONS_STRIPED),
             ("connections = 1\nworkers = 2", 1),
             ("connections = 3", 3),

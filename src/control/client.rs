@@ -5,7 +5,7 @@
 //! packets. Meanwhile its flows use the other connections.
 //!
 //! How many places there are is configured, or found out: one, or where the path asks for more
-//! [`CONNECTIONS_STRIPED`] or [`CONNECTIONS_SLOWED`].
+//! [`CONNECTIONS_STRIPED`] or [`CONNECTIONS_SLOWED`]. Where it is fast there is [`SPARSE_ORDINAL`]'s besides.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -35,7 +35,9 @@ use crate::keeper::{Link, Notices, SetupFds};
 use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::http::InstanceId;
 use crate::proto::offload::Offloads;
-use crate::proto::route_table::{ConnectionRef, Member, RouteTable, SessionId, SessionRoute};
+use crate::proto::route_table::{
+    ConnectionRef, Member, RouteTable, SPARSE_ORDINAL, SessionId, SessionRoute,
+};
 use crate::status::{Report, Role, State};
 use crate::sys::route;
 use crate::tls::certificate::{Trust, client_config};
@@ -50,6 +52,8 @@ const RESOLVE_TIME: Duration = Duration::from_secs(14);
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(1);
 /// How long changes of the network are collected before the way to the server is renewed.
 const NETWORK_SETTLE_TIME: Duration = Duration::from_millis(300);
+/// A server that ends the connection for sparse flows sooner does not want it.
+const KEPT_MIN: Duration = Duration::from_secs(10);
 const _: () = assert!(RESOLVE_TIME.as_millis() < START_TIME.as_millis());
 
 /// Runs until the keeper says stop, or something final happens.
@@ -91,9 +95,11 @@ pub async fn run(
         progress,
     });
     let network = watch_network(&setup.config.interface);
-    let mut places = Vec::new();
-    places.resize_with(setup.config.connections.at_first(), Place::default);
-    places[0].dialling = true;
+    let at_first = 0..setup.config.connections.at_first() as u8;
+    let mut places: BTreeMap<u8, Place> = at_first
+        .map(|ordinal| (ordinal, Place::default()))
+        .collect();
+    places.entry(0).or_default().dialling = true;
     spawn(fill_first_place(
         Rc::clone(&dialling),
         invite.clone(),
@@ -294,6 +300,7 @@ struct Current {
     address: SocketAddr,
     /// A keepalive stays unanswered.
     silent: bool,
+    since: Instant,
 }
 
 /// The session.
@@ -309,7 +316,8 @@ struct Client {
     network: watch::Receiver<()>,
     workers: Workers,
     accepts: Offloads,
-    places: Vec<Place>,
+    /// By ordinal.
+    places: BTreeMap<u8, Place>,
     terms: Terms,
     /// The terms that the keeper has set the host up for; none before the first connection.
     applied: Option<Terms>,
@@ -370,7 +378,7 @@ impl Client {
 
     /// Starts looking for a connection for the place, unless that is going on.
     fn dial(&mut self, ordinal: u8) {
-        let place = &mut self.places[usize::from(ordinal)];
+        let place = self.places.entry(ordinal).or_default();
         if !place.dialling {
             place.dialling = true;
             spawn(fill_place(
@@ -383,8 +391,13 @@ impl Client {
 
     /// The session has one connection, and wants as many as there are places.
     fn fill_further_places(&mut self) {
-        for ordinal in 1..self.places.len() {
-            self.dial(ordinal as u8);
+        let empty = self
+            .places
+            .iter()
+            .filter(|(_, place)| place.current.is_none());
+        let empty: Vec<u8> = empty.map(|(ordinal, _)| *ordinal).collect();
+        for ordinal in empty {
+            self.dial(ordinal);
         }
     }
 
@@ -442,10 +455,12 @@ impl Client {
 
     /// Puts a new connection into its place.
     async fn opened(&mut self, ordinal: u8, opened: Opened) -> Result<(), Ending> {
-        self.places[usize::from(ordinal)].dialling = false;
+        self.places.entry(ordinal).or_default().dialling = false;
         let first = self.applied.is_none();
         self.terms = opened.terms;
-        let connection = self.workers.allocate();
+        let others = self.members().filter(|member| member.ordinal != ordinal);
+        let others: Vec<ConnectionRef> = others.map(|member| member.connection).collect();
+        let connection = self.workers.allocate(&others, ordinal == SPARSE_ORDINAL);
         self.workers.add(Handoff {
             connection,
             socket: Arc::new(opened.socket),
@@ -455,11 +470,18 @@ impl Client {
             accepts: self.accepts,
             follows_path: self.config.congestion_control == CongestionControl::Auto,
         });
-        let former = self.places[usize::from(ordinal)].current.replace(Current {
+        let current = Current {
             connection,
             address: opened.address,
             silent: false,
-        });
+            since: Instant::now(),
+        };
+        let former = self
+            .places
+            .entry(ordinal)
+            .or_default()
+            .current
+            .replace(current);
         self.publish_routes();
         // Now, and not before, the host may send packets into the tunnel: the workers know where to put them.
         self.apply_terms().await?;
@@ -559,7 +581,8 @@ impl Client {
     /// A keepalive stays unanswered, or the connection is heard from again. Returns the place that has it.
     fn set_silent(&mut self, connection: ConnectionRef, silent: bool) -> Option<u8> {
         let ordinal = self.place_of(connection)?;
-        if let Some(current) = &mut self.places[usize::from(ordinal)].current {
+        let place = self.places.get_mut(&ordinal)?;
+        if let Some(current) = &mut place.current {
             current.silent = silent;
         }
         self.publish_routes();
@@ -568,19 +591,31 @@ impl Client {
 
     /// Where the number of connections goes by the path.
     fn path_is(&mut self, connection: ConnectionRef, kind: PathKind) {
+        if self.config.connections != Connections::Auto || self.place_of(connection).is_none() {
+            return;
+        }
         let (wanted, found) = match kind {
             PathKind::Ordinary => return,
+            PathKind::Fast => {
+                // What is gained is the other worker.
+                if self.workers.count() > 1 && !self.places.contains_key(&SPARSE_ORDINAL) {
+                    tracing::info!(
+                        "the path is fast: one more connection, for flows that send little"
+                    );
+                    self.dial(SPARSE_ORDINAL);
+                }
+                return;
+            }
             PathKind::LongFat => (CONNECTIONS_STRIPED, "holds more than one connection"),
             PathKind::Lossy => (CONNECTIONS_STRIPED, "loses packets"),
             PathKind::Slowed => (CONNECTIONS_SLOWED, "loses packets"),
         };
-        let had = self.places.len();
-        if self.config.connections == Connections::Auto
-            && had < wanted
-            && self.place_of(connection).is_some()
-        {
+        let had = self.places.range(..SPARSE_ORDINAL).count();
+        if had < wanted {
             tracing::info!("the path {found}: {wanted} connections in place of {had}");
-            self.places.resize_with(wanted, Place::default);
+            for ordinal in 0..wanted as u8 {
+                self.places.entry(ordinal).or_default();
+            }
             self.fill_further_places();
         }
     }
@@ -590,10 +625,18 @@ impl Client {
         let Some(ordinal) = self.place_of(connection) else {
             return;
         };
-        self.places[usize::from(ordinal)].current = None;
+        let place = self.places.get_mut(&ordinal);
+        let current = place.and_then(|place| place.current.take());
+        let was_short = current.is_some_and(|current| current.since.elapsed() < KEPT_MIN);
         self.publish_routes();
-        if self.places.iter().all(|place| place.current.is_none()) {
+        if self.places.values().all(|place| place.current.is_none()) {
             self.state = (State::Reconnecting, Instant::now());
+        }
+        if ordinal == SPARSE_ORDINAL && was_short {
+            // The server may be one that has no such connections. The session's next first connection tries again.
+            tracing::info!("no connection for flows that send little: {}", ended(cause));
+            self.places.remove(&SPARSE_ORDINAL);
+            return;
         }
         tracing::info!("connection lost: {}; trying again", ended(cause));
         self.dial(ordinal);
@@ -604,10 +647,8 @@ impl Client {
             let current = place.current.as_ref();
             current.is_some_and(|current| current.connection == connection)
         };
-        self.places
-            .iter()
-            .position(holds)
-            .map(|ordinal| ordinal as u8)
+        let mut places = self.places.iter();
+        places.find_map(|(ordinal, place)| holds(place).then_some(*ordinal))
     }
 
     /// What `ringtun status` shows of this.
@@ -645,11 +686,10 @@ impl Client {
 
     /// The connections that there are.
     fn members(&self) -> impl Iterator<Item = Member> {
-        let places = self.places.iter().enumerate();
-        places.filter_map(|(ordinal, place)| {
+        self.places.iter().filter_map(|(ordinal, place)| {
             let current = place.current.as_ref()?;
             Some(Member {
-                ordinal: ordinal as u8,
+                ordinal: *ordinal,
                 connection: current.connection,
                 silent: current.silent,
             })
@@ -665,7 +705,7 @@ impl Client {
     async fn renew_ways(&mut self) {
         let mut servers: Vec<IpAddr> = self
             .places
-            .iter()
+            .values()
             .filter_map(|place| place.current.as_ref())
             .map(|current| current.address.ip())
             .collect();

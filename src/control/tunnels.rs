@@ -14,7 +14,7 @@ use crate::proto::address_pool::{AddressPool, Lease, PoolExhausted};
 use crate::proto::capsule::{Capsule, CloseReason, DnsAssign, IpAddressRange};
 use crate::proto::http::{InstanceId, OffloadHeader, Token};
 use crate::proto::offload::Offloads;
-use crate::proto::route_table::ConnectionRef;
+use crate::proto::route_table::{ConnectionRef, SPARSE_ORDINAL};
 use crate::proto::session::{self, Arrival, Arrived, Sessions};
 use crate::status::{self, Report};
 use crate::tls::handshake::Established;
@@ -154,7 +154,9 @@ impl Tunnels {
         }
         let accepts = self.accepts;
         let follows_path = self.follows_path;
-        let connection = self.workers().allocate();
+        let others = self.sessions.others(peer, tunnel.instance, tunnel.ordinal);
+        let is_sparse = tunnel.ordinal == Some(SPARSE_ORDINAL);
+        let connection = self.workers().allocate(&others, is_sparse);
         let arrived = self.sessions.arrive(Arrival {
             peer,
             instance: tunnel.instance,

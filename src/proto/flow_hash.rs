@@ -26,7 +26,7 @@ const PROTOCOL_UDP_LITE: u8 = 136;
 /// The hash of the flow that an IP packet belongs to; 0 for what is not an IP packet.
 ///
 /// All 32 bits are equally good. [`super::route_table::RouteTable::lookup`] uses the eight highest to choose a
-/// connection; flow queues should use the low ones.
+/// connection; flow queues and [`super::sparse_flows`] use low ones.
 #[inline]
 pub fn flow_hash(packet: &[u8]) -> u32 {
     let Ok(headers) = packet::parse(packet) else {

@@ -13,4 +13,5 @@ pub mod packet;
 pub mod route_table;
 pub mod send_limit;
 pub mod session;
+pub mod sparse_flows;
 pub mod timer;

@@ -25,6 +25,9 @@ pub struct ConnectionRef {
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct SessionId(pub u64);
 
+/// The ordinal of a session's connection for flows that send little; see [`super::sparse_flows`].
+pub const SPARSE_ORDINAL: u8 = 16;
+
 /// One of a session's connections, as it is when a route is made.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Member {
@@ -46,6 +49,8 @@ const SHARE_BITS: u32 = 8;
 /// works (rendezvous hashing). So a connection that goes takes no flow along but its own, which spread over all others,
 /// and one that comes back gets just those again. The ranking knows nothing of what was before: two hosts that have
 /// the same connections choose alike.
+///
+/// Besides, there may be one for sparse flows. Which those are each worker knows for itself.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct SessionRoute {
     /// Whose connections they are.
@@ -54,15 +59,23 @@ pub struct SessionRoute {
     connections: Vec<ConnectionRef>,
     /// For each share the index of its connection. Empty where there is no choice.
     shares: Vec<u8>,
+    /// The one for sparse flows, if there is one besides.
+    sparse: Option<ConnectionRef>,
 }
 
 impl SessionRoute {
-    /// Shares flows out among `members`. Silent ones get none, unless all are silent.
+    /// Shares flows out among `members`. Silent ones get none, unless all are silent. The one with [`SPARSE_ORDINAL`] gets
+    /// none of these shares, unless there is no other.
     pub fn new(session: SessionId, members: impl IntoIterator<Item = Member>) -> Self {
         let mut members: Vec<Member> = members.into_iter().collect();
         if !members.iter().all(|member| member.silent) {
             members.retain(|member| !member.silent);
         }
+        let is_sparse = |member: &Member| member.ordinal == SPARSE_ORDINAL;
+        let sparse = match members.iter().position(is_sparse) {
+            Some(index) if members.len() > 1 => Some(members.remove(index).connection),
+            _ => None,
+        };
         let first_of = |share| {
             let ranked = members.iter().enumerate();
             let first = ranked.max_by_key(|(_, member)| weight(share, member.ordinal));
@@ -76,6 +89,7 @@ impl SessionRoute {
                 Vec::new()
             },
             connections: members.iter().map(|member| member.connection).collect(),
+            sparse,
         }
     }
 
@@ -84,9 +98,15 @@ impl SessionRoute {
         &self.connections
     }
 
-    /// The connection for a flow: always the same one as long as that one works.
+    /// The connection for sparse flows, if there is one besides those.
     #[inline]
-    fn connection(&self, flow: u32) -> Option<ConnectionRef> {
+    pub fn sparse(&self) -> Option<ConnectionRef> {
+        self.sparse
+    }
+
+    /// The connection for a flow that is not a sparse one: always the same as long as that one works.
+    #[inline]
+    pub fn connection(&self, flow: u32) -> Option<ConnectionRef> {
         let share = (flow >> (u32::BITS - SHARE_BITS)) as usize;
         let index = self.shares.get(share).copied().unwrap_or(0);
         self.connections.get(usize::from(index)).copied()
@@ -111,6 +131,8 @@ fn weight(share: u32, ordinal: u8) -> u64 {
 pub struct RouteTable {
     /// A client's only session takes every packet.
     everything: Option<SessionRoute>,
+    /// Some session has, or had, a connection for sparse flows.
+    has_sparse: bool,
     v4: Shards<u32>,
     v6: Shards<u128>,
 }
@@ -184,6 +206,7 @@ impl RouteTable {
     /// A client's table: every destination belongs to the one session.
     pub fn client(route: SessionRoute) -> Self {
         Self {
+            has_sparse: route.sparse.is_some(),
             everything: Some(route),
             ..Self::default()
         }
@@ -192,6 +215,7 @@ impl RouteTable {
     /// A server's session comes, or has other connections now: `addresses` are its lease. An address that another
     /// session had goes to this one.
     pub fn insert(&mut self, addresses: &[IpAddr], route: SessionRoute) {
+        self.has_sparse |= route.sparse.is_some();
         let route = Arc::new(route);
         for address in addresses {
             match address {
@@ -215,6 +239,12 @@ impl RouteTable {
     #[inline]
     pub fn lookup(&self, dst: IpAddr, flow: u32) -> Option<ConnectionRef> {
         self.route(dst)?.connection(flow)
+    }
+
+    /// Whether any session may have a connection for sparse flows.
+    #[inline]
+    pub fn has_sparse(&self) -> bool {
+        self.has_sparse
     }
 
     /// The session that has an address.
@@ -295,6 +325,35 @@ mod tests {
     fn route_among(ordinals: impl IntoIterator<Item = u8>) -> SessionRoute {
         let members = ordinals.into_iter().map(|ordinal| member(ordinal, 1));
         SessionRoute::new(SessionId(1), members)
+    }
+
+    #[test]
+    fn the_connection_for_sparse_flows_gets_no_share_unless_it_is_the_only_one() {
+        let sparse = member(SPARSE_ORDINAL, 1);
+        let with = route_among([0, 1, SPARSE_ORDINAL]);
+        let without = route_among([0, 1]);
+        assert_eq!(with.sparse(), Some(sparse.connection));
+        assert_eq!(without.sparse(), None);
+        assert_eq!(with.connections, without.connections);
+        assert_eq!(with.shares, without.shares);
+
+        let alone = route_among([SPARSE_ORDINAL]);
+        assert_eq!(alone.sparse(), None);
+        assert_eq!(alone.connection(7), Some(sparse.connection));
+
+        let silent = |mut member: Member| {
+            member.silent = true;
+            member
+        };
+        let (first, session) = (member(0, 1), SessionId(1));
+        let without = SessionRoute::new(session, [first, silent(sparse)]);
+        assert_eq!(without.sparse(), None);
+        assert_eq!(without.connection(7), Some(first.connection));
+        let alone = SessionRoute::new(session, [silent(first), sparse]);
+        assert_eq!(alone.sparse(), None);
+        assert_eq!(alone.connection(7), Some(sparse.connection));
+        let all_silent = SessionRoute::new(session, [silent(first), silent(sparse)]);
+        assert_eq!(all_silent.sparse(), Some(sparse.connection));
     }
 
     /// The ordinal of the connection that each share of the flows takes.

@@ -62,6 +62,8 @@ const COMPETING: Duration = Duration::from_secs(10);
 /// With so much in a round trip a path is a long, fat one (RFC 7323, section 1.1): within a factor of three of what a connection's
 /// buffers hold at the kernel's defaults (`tcp_rmem`, `tcp_wmem`).
 const LONG_FAT_BYTES: u64 = 1024 * 1024;
+/// On a local path it is the hosts that hold packets up at a rate like this, 400 Mbit/s: slow ones at that.
+const FAST_BYTES_PER_SECOND: u64 = 50_000_000;
 /// A path is lossy that has had so many segments sent again, and at least one of so many, while round trips were not longer
 /// than this share of the shortest (per cent) and this time, so that no queue can have been full.
 const LOSSES_MIN: u64 = 3;
@@ -275,6 +277,13 @@ impl SendLimit {
     /// Whether more is under way at that rate, in either direction, than one connection is sure to hold.
     pub fn is_long_fat(&self, bytes_per_second: u64) -> bool {
         delivered_in(bytes_per_second, self.latest.rtt_min) >= LONG_FAT_BYTES && !self.is_local()
+    }
+
+    /// Whether at that rate, in either direction, it is the hosts that hold packets up: then they wait for a worker that is busy
+    /// with what came before, and no queue lets one go before another.
+    pub fn is_fast(&self, bytes_per_second: u64) -> bool {
+        let is_known = !self.latest.rtt_min.is_zero();
+        bytes_per_second >= FAST_BYTES_PER_SECOND && is_known && self.is_local()
     }
 
     /// Whether the path loses what does not fill its queues.
@@ -501,6 +510,21 @@ mod tests {
         watched.delivers(100, 10);
         assert!(watched.limit.is_lossy());
         assert_eq!(watched.under_way_bytes_max(), Some(holds(100, 100 + 4)));
+    }
+
+    #[test]
+    fn a_path_is_fast_that_is_short_and_carries_much() {
+        let mut watched = Watched::new();
+        watched.delivers(100, 20);
+        assert!(!watched.limit.is_fast(u64::MAX), "40 ms");
+        watched.sample.rtt_min = Duration::ZERO;
+        watched.delivers(100, 20);
+        assert!(!watched.limit.is_fast(u64::MAX), "not known yet");
+        watched.sample.rtt_min = Duration::from_micros(50);
+        watched.sample.rtt = Duration::from_millis(5);
+        watched.delivers(100, 20);
+        assert!(watched.limit.is_fast(FAST_BYTES_PER_SECOND));
+        assert!(!watched.limit.is_fast(FAST_BYTES_PER_SECOND - 1));
     }
 
     proptest! {

@@ -13,10 +13,13 @@ use ipnet::IpNet;
 use super::address_pool::Lease;
 use super::capsule::{AssignedAddress, CloseReason};
 use super::http::InstanceId;
-use super::route_table::{ConnectionRef, Member, RouteTable, SessionId, SessionRoute};
+use super::route_table::{
+    ConnectionRef, Member, RouteTable, SPARSE_ORDINAL, SessionId, SessionRoute,
+};
 
-/// Connections of one session, at most: what the highest ordinal allows.
-pub const SESSION_CONNECTIONS_MAX: usize = 16;
+/// Connections that a session's flows are shared out among, at most. Its connection for sparse flows is one more, and has the
+/// ordinal after theirs.
+pub const SESSION_CONNECTIONS_MAX: usize = SPARSE_ORDINAL as usize;
 /// Superseded instances remembered for each peer, newest last.
 pub const SUPERSEDED_MAX: usize = 16;
 
@@ -48,7 +51,7 @@ pub enum Arrived {
     },
     /// Its instance was superseded before: close it, and say so.
     Superseded,
-    /// The session has [`SESSION_CONNECTIONS_MAX`] connections, or the ordinal is beyond that.
+    /// The session has [`SESSION_CONNECTIONS_MAX`] connections, or the ordinal is beyond [`SPARSE_ORDINAL`].
     TooMany,
 }
 
@@ -221,6 +224,22 @@ impl Sessions {
         self.by_peer.get(self.peers.get(&connection)?)
     }
 
+    /// The connections beside which a newcomer will be in its session.
+    pub fn others(
+        &self,
+        peer: &str,
+        instance: InstanceId,
+        ordinal: Option<u8>,
+    ) -> Vec<ConnectionRef> {
+        let session = self.by_peer.get(peer);
+        let session = session.filter(|session| session.instance == instance);
+        let members = session.into_iter().flat_map(Session::connections);
+        members
+            .filter(|member| ordinal != Some(member.ordinal))
+            .map(|member| member.connection)
+            .collect()
+    }
+
     /// The peer that a connection belongs to.
     pub fn peer_of(&self, connection: ConnectionRef) -> Option<&str> {
         self.peers.get(&connection).map(String::as_str)
@@ -261,8 +280,8 @@ fn ordinal(session: Option<&Session>, wanted: Option<u8>) -> Option<u8> {
     let taken =
         |ordinal: &u8| session.is_some_and(|session| session.connections.contains_key(ordinal));
     match wanted {
-        Some(ordinal) => (usize::from(ordinal) < SESSION_CONNECTIONS_MAX).then_some(ordinal),
-        None => (0..SESSION_CONNECTIONS_MAX as u8).find(|ordinal| !taken(ordinal)),
+        Some(ordinal) => (ordinal <= SPARSE_ORDINAL).then_some(ordinal),
+        None => (0..SPARSE_ORDINAL).find(|ordinal| !taken(ordinal)),
     }
 }
 
@@ -418,6 +437,23 @@ mod tests {
     }
 
     #[test]
+    fn a_newcomer_is_told_from_what_it_replaces() {
+        let mut sessions = Sessions::new();
+        assert!(sessions.others("a", instance(1), Some(0)).is_empty());
+        joined(sessions.arrive(arrival("a", 1, Some(0), 10)));
+        joined(sessions.arrive(arrival("a", 1, Some(SPARSE_ORDINAL), 11)));
+        assert_eq!(
+            sessions.others("a", instance(1), Some(SPARSE_ORDINAL)),
+            [connection(10)]
+        );
+        assert_eq!(
+            sessions.others("a", instance(1), None),
+            [connection(10), connection(11)]
+        );
+        assert!(sessions.others("a", instance(2), Some(1)).is_empty());
+    }
+
+    #[test]
     fn a_session_takes_so_many_connections() {
         let mut sessions = Sessions::new();
         for number in 0..SESSION_CONNECTIONS_MAX as u32 {
@@ -425,7 +461,7 @@ mod tests {
         }
         assert_eq!(sessions.arrive(arrival("a", 1, None, 99)), Arrived::TooMany);
         assert_eq!(
-            sessions.arrive(arrival("a", 1, Some(16), 99)),
+            sessions.arrive(arrival("a", 1, Some(SPARSE_ORDINAL + 1), 99)),
             Arrived::TooMany
         );
         joined(sessions.arrive(arrival("a", 1, Some(15), 99)));

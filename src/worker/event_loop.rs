@@ -13,6 +13,7 @@ use crate::proto::deframer::Deframer;
 use crate::proto::egress_queue::EgressQueue;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
+use crate::proto::sparse_flows::SparseFlows;
 use crate::proto::timer::Instant;
 use crate::stats::{BuffersInUse, ConnectionStats, WorkerCounters};
 use crate::uring::buffer::{BUDGET_BYTES_MIN, Buffer, Class, InFlight, Piece, Pool};
@@ -81,6 +82,7 @@ pub(super) struct Worker {
     /// By control's slot numbers.
     pub(super) connections: Vec<Option<Box<Connection>>>,
     pub(super) routes: Arc<RouteTable>,
+    pub(super) sparse_flows: SparseFlows,
     pub(super) inlets: Arc<[Arc<Inlet>]>,
     pub(super) counters: Arc<WorkerCounters>,
     pub(super) queue_bytes_max: usize,
@@ -143,6 +145,7 @@ impl Worker {
             },
             connections: Vec::new(),
             routes: Arc::new(RouteTable::empty()),
+            sparse_flows: SparseFlows::new(),
             inlets,
             counters,
             queue_bytes_max: setup.queue_bytes_max,

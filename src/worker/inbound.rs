@@ -5,6 +5,7 @@ use super::event_loop::{TUN, Worker};
 use super::{CloseCause, Event};
 use crate::proto::capsule::Capsule;
 use crate::proto::deframer::{CAPSULE_BYTES_MAX, Frame};
+use crate::proto::flow_hash::flow_hash;
 use crate::proto::offload::{self, Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
 use crate::proto::packet;
 use crate::tls::record::{
@@ -462,7 +463,20 @@ impl Worker {
             let counters = &connection.stats.counters;
             counters.received_packets.add(1);
             counters.received_bytes.add(bytes as u64);
+            self.count_received(&piece.bytes()[VIRTIO_NET_HDR_BYTES..]);
             self.write_tun(piece);
+        }
+    }
+
+    /// What is received says, too, what a flow is like.
+    fn count_received(&mut self, packet: &[u8]) {
+        if !self.routes.has_sparse() {
+            return;
+        }
+        let route = packet::source(packet).and_then(|source| self.routes.route(source));
+        if route.is_some_and(|route| route.sparse().is_some()) {
+            self.sparse_flows
+                .receives(self.now, flow_hash(packet), packet.len());
         }
     }
 

@@ -117,6 +117,8 @@ pub struct Handoff {
 pub enum PathKind {
     /// One does, or nothing is known yet.
     Ordinary,
+    /// One does, but it keeps a worker busy ([`SendLimit::is_fast`]): another is for flows that send little.
+    Fast,
     /// More is under way than one connection holds ([`SendLimit::is_long_fat`]).
     LongFat,
     /// It loses packets ([`SendLimit::is_lossy`]).
@@ -212,6 +214,7 @@ struct Handle {
 /// One connection's place on a worker.
 struct Place {
     generation: u32,
+    is_sparse: bool,
     /// None until the connection is added.
     info: Option<ConnectionInfo>,
 }
@@ -386,20 +389,32 @@ impl Workers {
         self.workers.iter().map(|worker| &*worker.buffers)
     }
 
-    /// Reserves a place on the worker with the fewest connections.
-    pub fn allocate(&mut self) -> ConnectionRef {
+    /// Reserves a place on the worker that has the fewest of the session's `others`, and of such workers on the one that has the
+    /// fewest connections of the kind: those for sparse flows are little work.
+    pub fn allocate(&mut self, others: &[ConnectionRef], is_sparse: bool) -> ConnectionRef {
+        let others_on = |worker| {
+            let is_there = |other: &&ConnectionRef| usize::from(other.worker) == worker;
+            others.iter().filter(is_there).count()
+        };
         let generation = self.next_generation;
         self.next_generation = self.next_generation.wrapping_add(1).max(1);
         let (worker, handle) = self
             .workers
             .iter_mut()
             .enumerate()
-            .min_by_key(|(_, handle)| handle.slots.len())
+            .min_by_key(|(worker, handle)| {
+                let alike = |(_, place): &(usize, &Place)| place.is_sparse == is_sparse;
+                (
+                    others_on(*worker),
+                    handle.slots.iter().filter(alike).count(),
+                )
+            })
             .expect("there is at least one worker");
         ConnectionRef {
             worker: worker as u16,
             slot: handle.slots.insert(Place {
                 generation,
+                is_sparse,
                 info: None,
             }) as u32,
             generation,

@@ -9,8 +9,9 @@ use super::{CloseCause, WorkerError};
 use crate::proto::capsule::{DATAGRAM_HEADER_BYTES_MAX, datagram_header};
 use crate::proto::flow_hash::flow_hash;
 use crate::proto::offload::{self, Datagram, Fit, Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
-use crate::proto::packet;
+use crate::proto::packet::{self, PROTOCOL_TCP};
 use crate::proto::route_table::ConnectionRef;
+use crate::proto::sparse_flows::Kind;
 use crate::stats::ConnectionCounters;
 use crate::tls::record::{
     CONTROL_RECORD_BYTES_MAX, ContentType, RECORD_OVERHEAD_BYTES, RECORD_PLAINTEXT_BYTES_MAX,
@@ -147,8 +148,25 @@ impl Worker {
     fn route(&mut self, outgoing: Outgoing) {
         let packet = packet_of(&outgoing);
         let flow = flow_hash(packet);
-        let connection = packet::destination(packet)
-            .and_then(|destination| self.routes.lookup(destination, flow));
+        let route =
+            packet::destination(packet).and_then(|destination| self.routes.route(destination));
+        // Counted before there is a connection for sparse flows, too, or what flows when it comes would begin anew.
+        let kind = self.sparse_flows.sends(self.now, flow, packet.len());
+        let is_own = |connection: ConnectionRef| usize::from(connection.worker) == self.index;
+        let connection = route.and_then(|route| {
+            let (sparse, other) = (route.sparse(), route.connection(flow)?);
+            // What is received leads a flow to the worker of its connection. What is never answered would be handed over for
+            // good. TCP is always answered.
+            let stays = |sparse| {
+                kind == Kind::Unanswered && is_own(sparse) && !is_own(other) && !is_tcp(packet)
+            };
+            let sparse = sparse.filter(|sparse| kind == Kind::Sparse || stays(*sparse));
+            Some(sparse.unwrap_or(other))
+        });
+        self.forward(connection, flow, outgoing);
+    }
+
+    fn forward(&mut self, connection: Option<ConnectionRef>, flow: u32, outgoing: Outgoing) {
         let Some(connection) = connection else {
             self.counters.dropped_no_route.add(1);
             self.pool.release(outgoing.buffer);
@@ -168,10 +186,18 @@ impl Worker {
         };
         while let Some(popped) = connection.queue.pop(self.now) {
             if let Some(outgoing) = self.heed(&connection, popped.verdict, popped.packet) {
-                self.route(outgoing);
+                self.route_again(outgoing);
             }
         }
         self.put_back(slot, connection);
+    }
+
+    fn route_again(&mut self, outgoing: Outgoing) {
+        let packet = packet_of(&outgoing);
+        let flow = flow_hash(packet);
+        let connection = packet::destination(packet)
+            .and_then(|destination| self.routes.lookup(destination, flow));
+        self.forward(connection, flow, outgoing);
     }
 
     fn hand_over(&mut self, connection: ConnectionRef, flow: u32, outgoing: Outgoing) {
@@ -667,6 +693,10 @@ fn header_of(outgoing: &Outgoing) -> VirtioNetHdr {
 
 fn packet_of(outgoing: &Outgoing) -> &[u8] {
     &outgoing.bytes()[VIRTIO_NET_HDR_BYTES..]
+}
+
+fn is_tcp(packet: &[u8]) -> bool {
+    packet::parse(packet).is_ok_and(|headers| headers.protocol == PROTOCOL_TCP)
 }
 
 fn segments_max(header: &VirtioNetHdr, bytes: usize) -> usize {

@@ -79,6 +79,9 @@ impl Path {
     }
 
     fn carries(&mut self, bytes_per_second: u64) {
+        if self.limit.is_fast(bytes_per_second) {
+            self.kind = self.kind.max(PathKind::Fast);
+        }
         if self.limit.is_long_fat(bytes_per_second) {
             self.kind = self.kind.max(PathKind::LongFat);
         }

@@ -5,7 +5,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ringtun::config::{Cipher, IoMode};
 use ringtun::proto::http::OffloadHeader;
 use ringtun::proto::offload::{GSO_UDP_L4, Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr, segment};
-use ringtun::proto::route_table::{ConnectionRef, Member, RouteTable, SessionId, SessionRoute};
+use ringtun::proto::route_table::{
+    ConnectionRef, Member, RouteTable, SPARSE_ORDINAL, SessionId, SessionRoute,
+};
 use ringtun::tls::certificate::{self, Generated};
 use ringtun::tls::{Established, Identity, TlsStream, Trust};
 use ringtun::uring::buffer::BUDGET_BYTES_DEFAULT;
@@ -199,7 +201,31 @@ impl End {
 
     /// Gives a connection to the workers.
     pub fn add(&mut self, outer: Outer, sources: InnerSources, terms: &Terms) -> ConnectionRef {
-        let connection = self.workers_mut().allocate();
+        let connection = self.workers_mut().allocate(&[], false);
+        self.hand_off(connection, outer, sources, terms);
+        connection
+    }
+
+    /// Gives a connection for sparse flows to the workers, beside others.
+    pub fn add_sparse(
+        &mut self,
+        outer: Outer,
+        sources: InnerSources,
+        terms: &Terms,
+        others: &[ConnectionRef],
+    ) -> ConnectionRef {
+        let connection = self.workers_mut().allocate(others, true);
+        self.hand_off(connection, outer, sources, terms);
+        connection
+    }
+
+    fn hand_off(
+        &mut self,
+        connection: ConnectionRef,
+        outer: Outer,
+        sources: InnerSources,
+        terms: &Terms,
+    ) {
         self.workers_mut().add(Handoff {
             connection,
             socket: Arc::new(outer.socket.into()),
@@ -209,12 +235,11 @@ impl End {
             accepts: terms.offload.unwrap_or(Offloads::NONE),
             follows_path: false,
         });
-        connection
     }
 
     /// Sends everything to these connections, as a client does.
     pub fn route_everything(&self, connections: &[ConnectionRef]) {
-        let table = RouteTable::client(session(connections));
+        let table = RouteTable::client(session(connections, None));
         self.workers().set_routes(Arc::new(table));
     }
 
@@ -230,7 +255,7 @@ impl End {
     ) {
         let mut table = RouteTable::empty();
         for (addresses, connections) in leases {
-            table.insert(&addresses, session(connections));
+            table.insert(&addresses, session(connections, None));
         }
         self.workers().set_routes(Arc::new(table));
     }
@@ -259,11 +284,12 @@ pub fn segments_of(header: VirtioNetHdr, packet: &[u8]) -> Vec<Vec<u8>> {
     segments
 }
 
-fn session(connections: &[ConnectionRef]) -> SessionRoute {
-    let members = connections.iter().enumerate();
+fn session(connections: &[ConnectionRef], sparse: Option<ConnectionRef>) -> SessionRoute {
+    let ordinals = (0..).zip(connections.iter().copied());
+    let members = ordinals.chain(sparse.map(|sparse| (SPARSE_ORDINAL, sparse)));
     let members = members.map(|(ordinal, connection)| Member {
-        ordinal: ordinal as u8,
-        connection: *connection,
+        ordinal,
+        connection,
         silent: false,
     });
     SessionRoute::new(SessionId(1), members)
@@ -321,6 +347,27 @@ pub fn join(client: &mut End, server: &mut End, terms: &Terms) -> Joined {
         on_client,
         on_server,
     }
+}
+
+/// The connections for sparse flows of a session, on the client and on the server.
+pub type SparseConnections = (ConnectionRef, ConnectionRef);
+
+/// Adds a connection for sparse flows to a session.
+pub fn join_sparse(
+    client: &mut End,
+    server: &mut End,
+    terms: &Terms,
+    joined: &Joined,
+) -> SparseConnections {
+    let (ours, theirs) = connect();
+    let on_client = client.add_sparse(ours, InnerSources::Any, terms, &joined.on_client);
+    let on_server = server.add_sparse(theirs, terms.client_sources(), terms, &joined.on_server);
+    let table = RouteTable::client(session(&joined.on_client, Some(on_client)));
+    client.workers().set_routes(Arc::new(table));
+    let mut table = RouteTable::empty();
+    table.insert(&lease(), session(&joined.on_server, Some(on_server)));
+    server.workers().set_routes(Arc::new(table));
+    (on_client, on_server)
 }
 
 /// A client and a server with one worker each, joined by one connection.

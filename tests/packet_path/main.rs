@@ -13,3 +13,4 @@ mod life;
 mod memory;
 mod packets;
 mod peer;
+mod sparse_flows;
