@@ -1,6 +1,6 @@
 //! One end: what the worker does between TUN and sockets, without rings, without TLS, with vectors in place of slots.
 //!
-//! Kept like `src/worker/{outbound,waiting,path,staging,inbound}.rs`, from which it differs where time and sockets come in.
+//! Kept like `src/worker/{outbound,waiting,sealing,staging,path,inbound}.rs`, from which it differs where time and sockets come in.
 
 use crate::ledger::Id;
 use ringtun::proto::capsule::datagram_header;

@@ -6,6 +6,7 @@
 mod agenda;
 mod dice;
 mod end;
+mod flow;
 mod ledger;
 mod packets;
 mod scenario;
