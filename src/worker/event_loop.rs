@@ -73,7 +73,7 @@ impl TunQueue {
     }
 }
 
-/// One worker. The methods on the packet path are in `outbound.rs` and `inbound.rs`.
+/// One worker. The methods on the packet path are in the files that [`super`] names.
 pub(super) struct Worker {
     pub(super) index: usize,
     pub(super) ring: Ring,

@@ -1,7 +1,7 @@
 //! The packet path. One worker is one thread with one ring, one TUN queue and the connections given to it; it
 //! shares nothing mutable with anyone.
 //!
-//! The way of a packet out (`outbound.rs`):
+//! The way of a packet out (1 to 3: `outbound.rs` and `waiting.rs`, 4: `sealing.rs`, 5: `sending.rs`):
 //! 1. the TUN queue becomes readable; a batch of non-blocking reads brings packets, each behind its `virtio_net_hdr`;
 //! 2. the route table says which connection carries the flow; one that another worker owns is handed over;
 //! 3. the packet waits in the connection's egress queue until the connection can take more;
@@ -21,6 +21,8 @@ mod handover;
 mod inbound;
 mod outbound;
 mod path;
+mod sealing;
+mod sending;
 mod staging;
 mod waiting;
 

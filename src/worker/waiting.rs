@@ -7,7 +7,7 @@
 use super::connection::Connection;
 use super::event_loop::{PACKETS_LEFT_MIN, Worker};
 use crate::proto::egress_queue::{Admit, Bounds, CLASSES, Place, Queued, Verdict};
-use crate::proto::offload::{Signal, signal};
+use crate::proto::offload::{Signal, VIRTIO_NET_HDR_BYTES, VirtioNetHdr, signal};
 use crate::uring::buffer::{
     Buffer, Class, HEADROOM_BYTES, MEDIUM_SLOT_BYTES, Pool, SMALL_SLOT_BYTES,
 };
@@ -31,6 +31,17 @@ impl Outgoing {
     /// `virtio_net_hdr` and packet.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.buffer.bytes()[self.start..]
+    }
+
+    /// The `virtio_net_hdr`.
+    pub(super) fn header(&self) -> VirtioNetHdr {
+        self.bytes()
+            .first_chunk()
+            .map_or(VirtioNetHdr::PLAIN, VirtioNetHdr::read)
+    }
+
+    pub(super) fn packet(&self) -> &[u8] {
+        &self.bytes()[VIRTIO_NET_HDR_BYTES..]
     }
 
     /// Moves to the smallest slot in which it fits and of which there is one.
