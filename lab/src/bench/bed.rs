@@ -44,6 +44,7 @@ pub(super) enum Probe {
     RoundTrips,
     Throughput(Direction, usize),
     RoundTripsBeside(Direction),
+    BothWays,
     Requests,
     Fairness(Direction),
     Packets(Direction, usize),
@@ -55,7 +56,7 @@ pub(super) type Samples = Vec<(Metric, f64)>;
 
 impl Probe {
     /// All of them in the order in which they are made: the idle ones first.
-    pub(super) const ALL: [Probe; 17] = [
+    pub(super) const ALL: [Probe; 18] = [
         Probe::Connect,
         Probe::MemoryIdle,
         Probe::RoundTrips,
@@ -66,6 +67,7 @@ impl Probe {
         Probe::Throughput(Direction::Up, 4),
         Probe::RoundTripsBeside(Direction::Down),
         Probe::RoundTripsBeside(Direction::Up),
+        Probe::BothWays,
         Probe::Fairness(Direction::Down),
         Probe::Fairness(Direction::Up),
         Probe::Packets(Direction::Down, 64),
@@ -87,6 +89,12 @@ impl Probe {
             Probe::Throughput(Direction::Up, _) => &[Metric::TcpUp4],
             Probe::RoundTripsBeside(Direction::Down) => &[Metric::RttDownP50, Metric::RttDownP99],
             Probe::RoundTripsBeside(Direction::Up) => &[Metric::RttUpP50, Metric::RttUpP99],
+            Probe::BothWays => &[
+                Metric::TcpDownBoth,
+                Metric::TcpUpBoth,
+                Metric::RttBothP50,
+                Metric::RttBothP99,
+            ],
             Probe::Requests => &[Metric::RequestIdleP99],
             Probe::Fairness(Direction::Down) => &[Metric::FairDown, Metric::RequestDownP99],
             Probe::Fairness(Direction::Up) => &[Metric::FairUp, Metric::RequestUpP99],
@@ -96,6 +104,12 @@ impl Probe {
             Probe::Packets(Direction::Up, _) => &[Metric::UdpUp1200],
             Probe::MemoryPeak => &[Metric::RssClientPeak, Metric::RssServerPeak],
         }
+    }
+
+    /// Its figures, in the order of its metrics.
+    fn samples<const N: usize>(self, figures: [f64; N]) -> Samples {
+        debug_assert_eq!(self.metrics().len(), N);
+        self.metrics().iter().copied().zip(figures).collect()
     }
 
     /// Whether it says anything about a path without a tunnel.
@@ -169,22 +183,32 @@ impl Bed {
                     ]
                 })
             }
-            Probe::RoundTrips => self.round_trips(probe, plan),
+            Probe::RoundTrips => Ok(probe.samples(self.round_trips(plan)?)),
             Probe::RoundTripsBeside(direction) => {
-                let seconds = u32::try_from(plan.pings / ECHOES_PER_SECOND).unwrap_or(u32::MAX);
-                let seconds = seconds.saturating_add(plan.omitted_seconds + LOAD_MARGIN_SECONDS);
+                let seconds = pinging_seconds(plan).saturating_add(plan.omitted_seconds);
                 let load = stream(direction, 1, plan)
                     .lasting(seconds)
                     .load(self.host("client"))?;
                 thread::sleep(settling(plan));
-                let samples = self.round_trips(probe, plan);
+                let figures = self.round_trips(plan);
                 load.wait(UP_LIMIT)?;
-                samples
+                Ok(probe.samples(figures?))
             }
             Probe::Requests => {
                 let measuring = Duration::from_secs(plan.seconds.into());
                 let p99 = self.requests(measuring)?;
                 Ok(vec![(Metric::RequestIdleP99, p99)])
+            }
+            Probe::BothWays => {
+                let load = Stream {
+                    seconds: pinging_seconds(plan),
+                    ..stream(Direction::Up, 1, plan)
+                };
+                let running = load.start_both(self.host("client"))?;
+                thread::sleep(settling(plan));
+                let [p50, p99] = self.round_trips(plan)?;
+                let (down, up) = load.report_both(running)?;
+                Ok(probe.samples([down, up, p50, p99]))
             }
             Probe::Fairness(direction) => self.fairness(direction, plan),
             Probe::Throughput(direction, streams) => self.throughput(direction, streams, plan),
@@ -196,11 +220,7 @@ impl Bed {
                     payload_bytes,
                     Duration::from_secs(plan.seconds.into()),
                 )?;
-                Ok(probe
-                    .metrics()
-                    .iter()
-                    .map(|metric| (*metric, rate))
-                    .collect())
+                Ok(probe.samples([rate]))
             }
         }
     }
@@ -247,10 +267,10 @@ impl Bed {
         Ok(reply.duration_since(begun))
     }
 
-    fn round_trips(&self, probe: Probe, plan: &Plan) -> Result<Samples, BenchError> {
+    /// The median and the 99th percentile.
+    fn round_trips(&self, plan: &Plan) -> Result<[f64; 2], BenchError> {
         let times = echo::round_trips(self.host("client"), WEB_V4, plan.pings)?;
-        let figures = [times.p50_us, times.p99_us];
-        Ok(probe.metrics().iter().copied().zip(figures).collect())
+        Ok([times.p50_us, times.p99_us])
     }
 
     /// Throughput, and for one stream what it costs.
@@ -265,11 +285,7 @@ impl Bed {
         let before = (usage::processor_time(&tunnel), usage::machine_time());
         let transfer = stream(direction, streams, plan).run(self.host("client"))?;
         let after = (usage::processor_time(&tunnel), usage::machine_time());
-        let mut samples: Samples = probe
-            .metrics()
-            .iter()
-            .map(|metric| (*metric, transfer.megabits_per_second))
-            .collect();
+        let mut samples = probe.samples([transfer.megabits_per_second]);
         if streams == 1 && transfer.bytes > MEGA {
             let (of_tunnel, of_machine) = match direction {
                 Direction::Down => (Metric::CpuTunnelDown, Metric::CpuMachineDown),
@@ -293,9 +309,8 @@ impl Bed {
         thread::sleep(settling(plan));
         let p99 = self.requests(Duration::from_secs(plan.seconds.into()))?;
         let transfer = load.report(running)?;
-        let figures = [requests::jain(&transfer.bits_per_second), p99];
-        let metrics = Probe::Fairness(direction).metrics();
-        Ok(metrics.iter().copied().zip(figures).collect())
+        let jain = requests::jain(&transfer.bits_per_second);
+        Ok(Probe::Fairness(direction).samples([jain, p99]))
     }
 
     fn requests(&self, measuring: Duration) -> Result<f64, BenchError> {
@@ -329,6 +344,12 @@ fn stream(direction: Direction, streams: usize, plan: &Plan) -> Stream {
 /// How long a load runs before anything beside it counts.
 fn settling(plan: &Plan) -> Duration {
     Duration::from_secs(plan.omitted_seconds.into())
+}
+
+/// How long a load has to last from there.
+fn pinging_seconds(plan: &Plan) -> u32 {
+    let seconds = u32::try_from(plan.pings / ECHOES_PER_SECOND).unwrap_or(u32::MAX);
+    seconds.saturating_add(LOAD_MARGIN_SECONDS)
 }
 
 fn spawn(

@@ -236,8 +236,8 @@ fn explained(group: Group) -> String {
              The sender keeps the path full, but is never more than {WINDOW_PACKETS} packets ahead of the latest one that has arrived, so \
              that it does not take the processors from the tunnel."
         ),
-        Group::Rtt => "ICMP echo every 10 ms from the client host to the web host: on an idle path, and beside one TCP stream at full \
-            speed. A lost echo counts as one second."
+        Group::Rtt => "ICMP echo every 10 ms from the client host to the web host: on an idle path, beside one TCP stream at full \
+            speed, and beside one each way. A lost echo counts as one second."
             .to_owned(),
         Group::Fairness => "Eight TCP streams at once: Jain's index of what each gets, 1 where all get the same. Beside them, one TCP \
             connection with a request of 64 bytes now and then, from it to its response."

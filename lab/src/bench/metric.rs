@@ -35,7 +35,7 @@ pub enum Group {
     Tcp,
     /// UDP packets per second
     Udp,
-    /// Round-trip times, idle and beside a TCP stream
+    /// Round-trip times, idle and beside a TCP stream, or one each way
     Rtt,
     /// Eight TCP streams and a flow of requests and responses beside them
     Fairness,
@@ -127,6 +127,16 @@ pub enum Metric {
     /// Its 99th percentile.
     #[serde(rename = "rtt_up_us_p99")]
     RttUpP99,
+    /// What a TCP stream from `web` gets beside one to it.
+    TcpDownBoth,
+    /// What a TCP stream to `web` gets beside one from it.
+    TcpUpBoth,
+    /// The median beside both.
+    #[serde(rename = "rtt_both_us_p50")]
+    RttBothP50,
+    /// Its 99th percentile.
+    #[serde(rename = "rtt_both_us_p99")]
+    RttBothP99,
     /// Jain's index of what each of eight TCP streams from `web` gets: 1 when all get the same, 1/8 when one gets all.
     FairDown,
     /// Jain's index of what each of eight TCP streams to `web` gets.
@@ -154,7 +164,7 @@ pub enum Metric {
 
 impl Metric {
     /// All metrics, in the order of the report.
-    pub const ALL: [Metric; 28] = [
+    pub const ALL: [Metric; 32] = [
         Metric::TcpDown1,
         Metric::TcpUp1,
         Metric::TcpDown4,
@@ -173,6 +183,10 @@ impl Metric {
         Metric::RttDownP99,
         Metric::RttUpP50,
         Metric::RttUpP99,
+        Metric::TcpDownBoth,
+        Metric::TcpUpBoth,
+        Metric::RttBothP50,
+        Metric::RttBothP99,
         Metric::FairDown,
         Metric::FairUp,
         Metric::RequestIdleP99,
@@ -205,7 +219,11 @@ impl Metric {
             | Metric::RttDownP50
             | Metric::RttDownP99
             | Metric::RttUpP50
-            | Metric::RttUpP99 => Group::Rtt,
+            | Metric::RttUpP99
+            | Metric::TcpDownBoth
+            | Metric::TcpUpBoth
+            | Metric::RttBothP50
+            | Metric::RttBothP99 => Group::Rtt,
             Metric::FairDown
             | Metric::FairUp
             | Metric::RequestIdleP99
@@ -223,7 +241,12 @@ impl Metric {
     #[must_use]
     pub fn unit(self) -> &'static str {
         match self {
-            Metric::TcpDown1 | Metric::TcpUp1 | Metric::TcpDown4 | Metric::TcpUp4 => "Mbit/s",
+            Metric::TcpDown1
+            | Metric::TcpUp1
+            | Metric::TcpDown4
+            | Metric::TcpUp4
+            | Metric::TcpDownBoth
+            | Metric::TcpUpBoth => "Mbit/s",
             Metric::CpuTunnelDown
             | Metric::CpuTunnelUp
             | Metric::CpuMachineDown
@@ -237,6 +260,8 @@ impl Metric {
             | Metric::RttDownP99
             | Metric::RttUpP50
             | Metric::RttUpP99
+            | Metric::RttBothP50
+            | Metric::RttBothP99
             | Metric::RequestIdleP99
             | Metric::RequestDownP99
             | Metric::RequestUpP99 => "us",
@@ -271,6 +296,10 @@ impl Metric {
             Metric::RttDownP99 => "round trip beside TCP down, p99",
             Metric::RttUpP50 => "round trip beside TCP up, median",
             Metric::RttUpP99 => "round trip beside TCP up, p99",
+            Metric::TcpDownBoth => "TCP down beside TCP up",
+            Metric::TcpUpBoth => "TCP up beside TCP down",
+            Metric::RttBothP50 => "round trip beside both, median",
+            Metric::RttBothP99 => "round trip beside both, p99",
             Metric::FairDown => "fairness, 8 TCP streams down",
             Metric::FairUp => "fairness, 8 TCP streams up",
             Metric::RequestIdleP99 => "request and response, idle, p99",
@@ -351,7 +380,7 @@ mod tests {
     fn every_metric_has_a_name_of_its_own() {
         let keys: BTreeSet<_> = Metric::ALL.into_iter().map(Metric::key).collect();
         let titles: BTreeSet<_> = Metric::ALL.into_iter().map(Metric::title).collect();
-        assert_eq!((keys.len(), titles.len()), (28, 28));
+        assert_eq!((keys.len(), titles.len()), (32, 32));
         assert!(keys.contains("tcp_down_1") && keys.contains("rtt_idle_us_p50"));
         assert!(keys.contains("cpu_tunnel_down") && keys.contains("udp_up_64"));
     }

@@ -69,7 +69,7 @@ impl Plot {
     }
 
     /// One for every metric, in the order of the report.
-    pub const ALL: [Plot; 23] = [
+    pub const ALL: [Plot; 26] = [
         Plot::of("TCP down, 1 stream", Metric::TcpDown1),
         Plot::of("TCP up, 1 stream", Metric::TcpUp1),
         Plot::of("TCP down, 4 streams", Metric::TcpDown4),
@@ -101,6 +101,14 @@ impl Plot {
             "Round trip beside TCP up",
             Metric::RttUpP50,
             Metric::RttUpP99,
+            "p99",
+        ),
+        Plot::of("TCP down beside TCP up", Metric::TcpDownBoth),
+        Plot::of("TCP up beside TCP down", Metric::TcpUpBoth),
+        Plot::up_to(
+            "Round trip beside both",
+            Metric::RttBothP50,
+            Metric::RttBothP99,
             "p99",
         ),
         Plot::of("Fairness of 8 TCP streams down", Metric::FairDown),

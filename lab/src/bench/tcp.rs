@@ -95,8 +95,7 @@ impl Stream {
     /// # Errors
     /// When iperf3 fails, or did not use the congestion control that it should.
     pub fn report(self, iperf3: Process) -> Result<Transfer, BenchError> {
-        let measuring = Duration::from_secs(u64::from(self.seconds + self.omitted_seconds));
-        let report = iperf3.output(measuring + OVERHEAD)?;
+        let report = iperf3.output(self.lasts() + OVERHEAD)?;
         let transfer = transfer(&report.text()).map_err(BenchError::NoRate)?;
         match self.congestion_control {
             Some(wanted) if wanted.name() != transfer.congestion_control => {
@@ -108,6 +107,32 @@ impl Stream {
             }
             _ => Ok(transfer),
         }
+    }
+
+    /// Starts it on `client` in both directions at once, for [`Stream::report_both`].
+    ///
+    /// # Errors
+    /// When iperf3 does not start.
+    pub fn start_both(self, client: &Host) -> Result<Process, BenchError> {
+        let up = Stream {
+            direction: Direction::Up,
+            ..self
+        };
+        let iperf3 = client.command("iperf3").args(["--json", "--bidir"]);
+        Ok(iperf3.args(up.arguments()).spawn()?)
+    }
+
+    /// Waits for the end of what was started in both directions, and returns what was received down and up, in Mbit/s.
+    ///
+    /// # Errors
+    /// When iperf3 fails.
+    pub fn report_both(self, iperf3: Process) -> Result<(f64, f64), BenchError> {
+        let report = iperf3.output(self.lasts() + OVERHEAD)?;
+        both(&report.text()).map_err(BenchError::NoRate)
+    }
+
+    fn lasts(self) -> Duration {
+        Duration::from_secs(u64::from(self.seconds + self.omitted_seconds))
     }
 
     /// The same for so many seconds, all of which count.
@@ -164,15 +189,7 @@ impl Stream {
 
 /// The figures in an iperf3 report, or what iperf3 says instead.
 fn transfer(report: &str) -> Result<Transfer, String> {
-    let complaint = || report.trim().to_owned();
-    let report: Value = serde_json::from_str(report).map_err(|_| complaint())?;
-    let number = |value: &Value, path: &str| value.pointer(path).and_then(Value::as_f64);
-    let bits_per_second =
-        number(&report, "/end/sum_received/bits_per_second").ok_or_else(|| {
-            report["error"]
-                .as_str()
-                .map_or_else(complaint, str::to_owned)
-        })?;
+    let (report, [bits_per_second]) = rates(report, ["sum_received"])?;
     let streams = report["end"]["streams"].as_array().into_iter().flatten();
     let intervals = report["intervals"].as_array().into_iter().flatten();
     Ok(Transfer {
@@ -188,6 +205,31 @@ fn transfer(report: &str) -> Result<Transfer, String> {
             .unwrap_or("unknown")
             .to_owned(),
     })
+}
+
+/// Mbit/s down and up in the report of a run in both directions.
+fn both(report: &str) -> Result<(f64, f64), String> {
+    let (_, [up, down]) = rates(report, ["sum_received", "sum_received_bidir_reverse"])?;
+    Ok((down / 1e6, up / 1e6))
+}
+
+/// A report and its sums in bit/s, or what iperf3 says instead.
+fn rates<const N: usize>(report: &str, sums: [&str; N]) -> Result<(Value, [f64; N]), String> {
+    let complaint = || report.trim().to_owned();
+    let report: Value = serde_json::from_str(report).map_err(|_| complaint())?;
+    let mut rates = [0.0; N];
+    for (rate, sum) in rates.iter_mut().zip(sums) {
+        *rate = number(&report, &format!("/end/{sum}/bits_per_second")).ok_or_else(|| {
+            report["error"]
+                .as_str()
+                .map_or_else(complaint, str::to_owned)
+        })?;
+    }
+    Ok((report, rates))
+}
+
+fn number(value: &Value, path: &str) -> Option<f64> {
+    value.pointer(path).and_then(Value::as_f64)
 }
 
 #[cfg(test)]
@@ -212,6 +254,19 @@ mod tests {
             congestion_control: "bbr".to_owned(),
         };
         assert_eq!(transfer(report), Ok(expected));
+    }
+
+    #[test]
+    fn both_directions_are_told_apart() {
+        let report = r#"{
+            "end": {
+                "sum_sent": {"bits_per_second": 9e6},
+                "sum_received": {"bits_per_second": 8e6},
+                "sum_received_bidir_reverse": {"bits_per_second": 7e6}
+            }
+        }"#;
+        assert_eq!(both(report), Ok((7.0, 8.0)));
+        assert!(both(r#"{"end": {"sum_received": {"bits_per_second": 8e6}}}"#).is_err());
     }
 
     #[test]
