@@ -135,7 +135,11 @@ impl Undo {
                     // The interface is gone, and its settings with it.
                     None => Ok(()),
                     Some(now) if ours.as_ref().is_some_and(|ours| *ours != now) => Ok(()),
-                    Some(_) => sysctl::write(key, before).map_err(line),
+                    // One that a killed daemon has left may go in the meantime.
+                    Some(_) => match sysctl::write(key, before) {
+                        Err(error) if error.is_missing() => Ok(()),
+                        written => written.map_err(line),
+                    },
                 }
             }
             Undo::RestoreResolvConf { before, ours } => {

@@ -21,6 +21,13 @@ pub struct SysctlError {
     pub source: io::Error,
 }
 
+impl SysctlError {
+    /// Whether there is no such setting.
+    pub fn is_missing(&self) -> bool {
+        self.source.kind() == io::ErrorKind::NotFound
+    }
+}
+
 /// The key of a per-interface setting of one family (`ipv4` or `ipv6`).
 pub fn interface_key(family: &str, interface: &str, setting: &str) -> String {
     format!("net/{family}/conf/{interface}/{setting}")
@@ -70,4 +77,16 @@ fn path(key: &str) -> PathBuf {
         "interface names are checked: {key}"
     );
     path
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_setting_of_an_interface_that_is_gone_is_missing() {
+        let key = interface_key("ipv4", "rtgone0", "forwarding");
+        assert_eq!(read(&key).unwrap(), None);
+        assert!(write(&key, "1").unwrap_err().is_missing());
+    }
 }
