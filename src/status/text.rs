@@ -125,7 +125,7 @@ fn workers(workers: &[Worker]) -> Table {
         let reads = if io.tun_nowait {
             "batches"
         } else {
-            "one by one"
+            "a chain"
         };
         table.row([
             index.to_string(),

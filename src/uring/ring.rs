@@ -47,6 +47,8 @@ impl Completion {
 pub enum WhenDry {
     /// Wait in the kernel.
     Wait,
+    /// The same, and what is submitted next begins when this has ended, however that is (IOSQE_IO_HARDLINK).
+    WaitInTurn,
     /// Fail with EAGAIN at once (RWF_NOWAIT).
     Fail,
 }
@@ -54,8 +56,15 @@ pub enum WhenDry {
 impl WhenDry {
     fn rw_flags(self) -> i32 {
         match self {
-            Self::Wait => 0,
+            Self::Wait | Self::WaitInTurn => 0,
             Self::Fail => libc::RWF_NOWAIT,
+        }
+    }
+
+    fn entry_flags(self) -> squeue::Flags {
+        match self {
+            Self::Wait | Self::Fail => squeue::Flags::empty(),
+            Self::WaitInTurn => squeue::Flags::IO_HARDLINK,
         }
     }
 }
@@ -250,7 +259,7 @@ impl Ring {
                 .rw_flags(flags)
                 .build()
         };
-        self.push(entry, token);
+        self.push(entry.flags(when_dry.entry_flags()), token);
         InFlight::new(buffer, token)
     }
 
@@ -354,18 +363,7 @@ impl Ring {
     /// # Errors
     /// What io_uring_enter says; interruptions are retried.
     pub fn submit_and_reap(&mut self, completions: &mut Vec<Completion>) -> io::Result<()> {
-        self.enter(usize::from(self.early.is_empty()), completions)
-    }
-
-    /// Submits everything; appends what has completed, if anything.
-    ///
-    /// # Errors
-    /// As [`Ring::submit_and_reap`].
-    pub fn submit_and_look(&mut self, completions: &mut Vec<Completion>) -> io::Result<()> {
-        self.enter(0, completions)
-    }
-
-    fn enter(&mut self, wanted: usize, completions: &mut Vec<Completion>) -> io::Result<()> {
+        let wanted = usize::from(self.early.is_empty());
         if let Err(error) = self.ring.submit_and_wait(wanted) {
             match error.raw_os_error() {
                 // EBUSY and EAGAIN: completions have to be reaped before more is taken.
@@ -484,6 +482,30 @@ mod tests {
         assert_eq!(reap_one(&mut ring).result(), Ok(5));
         far.read_exact(&mut text).unwrap();
         assert_eq!(&text, b"world");
+    }
+
+    /// Short reads, as all of a TUN queue are, break other links.
+    #[test]
+    fn reads_in_turn_take_what_comes_one_after_the_other() {
+        let (mut ring, mut pool, mut far) = fixture(true);
+        let token = |index| Token::new(Operation::TunRead, index, 0);
+        let mut reads = Vec::new();
+        for (index, when_dry) in [WhenDry::WaitInTurn, WhenDry::WaitInTurn, WhenDry::Wait]
+            .into_iter()
+            .enumerate()
+        {
+            let buffer = pool.take(Class::Small).unwrap();
+            reads.push(ring.read(FileSlot(1), buffer, 0..10, when_dry, token(index as u32)));
+        }
+        for (read, byte) in reads.into_iter().zip(b"abc") {
+            far.write_all(&[*byte]).unwrap();
+            let completion = reap_one(&mut ring);
+            assert_eq!(completion.result(), Ok(1));
+            let mut buffer = read.land(&completion);
+            buffer.set_filled(1);
+            assert_eq!(buffer.bytes(), [*byte]);
+            pool.release(buffer);
+        }
     }
 
     #[test]

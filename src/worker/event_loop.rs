@@ -192,7 +192,6 @@ impl Worker {
             self.now = Instant::from_nanos(self.epoch.elapsed().as_nanos() as u64);
             self.counters.turns.add(1);
             self.on_completions(&mut completions)?;
-            self.drain_tun(&mut completions)?;
             self.feed_starved();
             self.release_framing();
             self.pump_dirty();

@@ -271,7 +271,7 @@ impl fmt::Display for WorkerInfo {
         let reads = if self.tun_nowait {
             "in batches"
         } else {
-            "one by one"
+            "in a chain"
         };
         let registered = if self.buffers_registered {
             "registered"

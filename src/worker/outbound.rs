@@ -10,7 +10,7 @@ use crate::proto::packet::{self, PROTOCOL_TCP};
 use crate::proto::route_table::ConnectionRef;
 use crate::proto::sparse_flows::Kind;
 use crate::uring::buffer::{Class, HEADROOM_BYTES, MEDIUM_SLOT_BYTES, SMALL_SLOT_BYTES};
-use crate::uring::ring::Completion;
+use crate::uring::ring::{Completion, WhenDry};
 use crate::uring::token::{Operation, Token};
 use nix::errno::Errno;
 
@@ -35,49 +35,27 @@ impl Worker {
             return;
         }
         let free = self.pool.free(Class::Packet);
+        let free = free.saturating_sub(INBOUND_RESERVE_SLOTS).max(1);
         let batch = if self.tun.nowait {
-            let free = free.saturating_sub(INBOUND_RESERVE_SLOTS).max(1);
             self.tun.batch.min(free)
         } else {
-            1
+            TUN_BATCH_MAX.min(free)
         };
         self.tun.yielded = 0;
-        let when_dry = self.tun.when_dry();
-        for _ in 0..batch {
+        for left in (0..batch).rev() {
             let Some(buffer) = self.pool.take(Class::Packet) else {
                 break;
+            };
+            let when_dry = match (self.tun.nowait, left) {
+                (true, _) => WhenDry::Fail,
+                (false, 0) => WhenDry::Wait,
+                (false, _) => WhenDry::WaitInTurn,
             };
             let entry = self.tun.reads.vacant_entry();
             let token = Token::new(Operation::TunRead, entry.key() as u32, 0);
             let range = HEADROOM_BYTES..HEADROOM_BYTES + TUN_READ_BYTES;
             entry.insert(self.ring.read(TUN, buffer, range, when_dry, token));
         }
-    }
-
-    /// Step 1 where a read of a dry queue cannot be told to fail: takes up to a batch of packets, read by read.
-    ///
-    /// On a TUN queue without RWF_NOWAIT io_uring turns a dry read into a poll, O_NONBLOCK or not (`io_prep_rw` since
-    /// 5.15, and 5.10's later releases). One read may wait like that; of several, each packet wakes all and one gets it,
-    /// and the others go to kernel threads (`io_arm_poll_handler`).
-    pub(super) fn drain_tun(
-        &mut self,
-        completions: &mut Vec<Completion>,
-    ) -> Result<(), WorkerError> {
-        if self.tun.nowait {
-            return Ok(());
-        }
-        for _ in 0..TUN_BATCH_MAX {
-            let free = self.pool.free(Class::Packet);
-            if self.tun.dry || !self.tun.reads.is_empty() || free <= INBOUND_RESERVE_SLOTS {
-                break;
-            }
-            self.read_tun();
-            self.ring
-                .submit_and_look(completions)
-                .map_err(WorkerError::Enter)?;
-            self.on_completions(completions)?;
-        }
-        Ok(())
     }
 
     pub(super) fn on_tun_read(&mut self, completion: Completion) -> Result<(), WorkerError> {
