@@ -122,11 +122,7 @@ fn workers(workers: &[Worker]) -> Table {
                 "not registered"
             }
         );
-        let reads = if io.tun_nowait {
-            "batches"
-        } else {
-            "a chain"
-        };
+        let reads = if io.tun_nowait { "batches" } else { "a chain" };
         table.row([
             index.to_string(),
             format!("{}, {}", io.ring, reads),
