@@ -36,11 +36,7 @@ impl Worker {
         }
         let free = self.pool.free(Class::Packet);
         let free = free.saturating_sub(INBOUND_RESERVE_SLOTS).max(1);
-        let batch = if self.tun.nowait {
-            self.tun.batch.min(free)
-        } else {
-            TUN_BATCH_MAX.min(free)
-        };
+        let batch = self.tun.batch.min(free);
         self.tun.yielded = 0;
         for left in (0..batch).rev() {
             let Some(buffer) = self.pool.take(Class::Packet) else {
