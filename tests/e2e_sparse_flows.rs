@@ -4,8 +4,8 @@ mod common;
 
 use common::status::{connections, number, status};
 use common::transfer::{Direction, Transfer};
-use common::{Tunnel, assert_no_panic, lab, until_true};
-use ringtun_lab::topology::{FIREWALL_V4, WEB_V4};
+use common::{Tunnel, assert_no_panic, lab, reset, until_true};
+use ringtun_lab::topology::WEB_V4;
 use ringtun_lab::{Host, Lab};
 use rstest::rstest;
 use serde_json::Value;
@@ -94,12 +94,7 @@ impl Busy<'_> {
     fn reset(&self, ordinal: u64) -> Value {
         let address =
             connection(self.server, ordinal).expect("one to reset")["peer_address"].take();
-        let port = address
-            .as_str()
-            .and_then(|address| address.rsplit(':').next());
-        let port = port.expect("an address with a port");
-        let kill = ["-K", "dst", &FIREWALL_V4.to_string(), "dport", "=", port];
-        self.server.exec("ss", kill).expect("ss -K");
+        reset(self.server, address.as_str().expect("an address"));
         address
     }
 

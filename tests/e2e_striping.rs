@@ -5,7 +5,9 @@ mod common;
 use common::processes::kill_9_both;
 use common::status::{connections, list, number, status};
 use common::transfer::{Direction, Transfer};
-use common::{Tunnel, assert_no_panic, build, inner_addresses, lab, start_server, until_true};
+use common::{
+    Tunnel, assert_no_panic, build, inner_addresses, lab, port_of, reset, start_server, until_true,
+};
 use ringtun_lab::topology::{FIREWALL_V4, SERVER_V4, WEB_V4};
 use ringtun_lab::{Host, Lab, Topology};
 use rstest::rstest;
@@ -131,12 +133,6 @@ fn configure(client: &Host, text: &str) {
     written.expect("a configuration");
 }
 
-/// The client's port, of an outer address.
-fn port_of(address: &str) -> &str {
-    let port = address.strip_prefix(&format!("{FIREWALL_V4}:"));
-    port.unwrap_or_else(|| panic!("from the firewall: {address}"))
-}
-
 #[rstest]
 fn transfers_go_on_when_a_connection_is_reset_and_it_is_replaced(lab: Lab) {
     let striped = Striped::start(&lab);
@@ -145,10 +141,7 @@ fn transfers_go_on_when_a_connection_is_reset_and_it_is_replaced(lab: Lab) {
         striped.instance("server"),
     );
     let before = striped.outer_addresses();
-    let port = port_of(&before[VICTIM]);
-    let kill = ["-K", "dst", &FIREWALL_V4.to_string(), "dport", "=", port];
-    let killed = lab.host("server").exec("ss", kill).expect("ss -K");
-    assert!(killed.contains(&format!(":{port}")), "{killed}");
+    reset(lab.host("server"), &before[VICTIM]);
 
     striped.assert_all_go_on();
     until_true("another connection in its place", || {

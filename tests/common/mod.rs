@@ -22,7 +22,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use ringtun_lab::probe::{self, Answer};
 use ringtun_lab::topology::{
-    SERVER_V4, SERVER_V6, WEB_IPERF_PORT, WEB_TCP_PORTS, WEB_UDP_PORTS, WEB_V4, WEB_V6,
+    FIREWALL_V4, SERVER_V4, SERVER_V6, WEB_IPERF_PORT, WEB_TCP_PORTS, WEB_UDP_PORTS, WEB_V4, WEB_V6,
 };
 use ringtun_lab::{Host, Lab, Process, Topology};
 use rstest::fixture;
@@ -257,4 +257,18 @@ pub fn assert_no_panic(process: &Process) {
     let lines = process.lines();
     let panic = lines.iter().find(|line| line.contains("panicked"));
     assert_eq!(panic, None, "a panic:\n{}", lines.join("\n"));
+}
+
+/// The client's port, of an outer address.
+pub fn port_of(address: &str) -> &str {
+    let port = address.strip_prefix(&format!("{FIREWALL_V4}:"));
+    port.unwrap_or_else(|| panic!("from the firewall: {address}"))
+}
+
+/// Resets the outer connection that comes from this address, as the server sees it.
+pub fn reset(server: &Host, address: &str) {
+    let port = port_of(address);
+    let kill = ["-K", "dst", &FIREWALL_V4.to_string(), "dport", "=", port];
+    let killed = server.exec("ss", kill).expect("ss -K");
+    assert!(killed.contains(&format!(":{port}")), "{killed}");
 }
