@@ -47,8 +47,8 @@ use crate::worker::{self, CloseCause, Event, Rehearsal, WorkerError, WorkerSetup
 
 /// Daemons that should be able to run side by side as one user with a bounded RLIMIT_MEMLOCK.
 const DAEMONS_PER_USER: usize = 4;
-/// Most bytes of packets that wait for one connection.
-pub const EGRESS_QUEUE_BYTES_MAX: usize = 1024 * 1024;
+/// Most bytes of packets that wait for one connection, however much its path carries.
+pub const EGRESS_QUEUE_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// What process lists call the daemon.
 const PROCESS_NAME: &CStr = c"ringtun-daemon";
 /// The thread that starts workers, and ends then.

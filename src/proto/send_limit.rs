@@ -27,6 +27,10 @@ pub const AHEAD_BYTES_MIN: u64 = 8 * 1024;
 pub const AHEAD_BYTES_GROWING: u64 = 64 * 1024;
 /// More is of no use: a chunk that is written, and one that is filled.
 pub const AHEAD_BYTES_MAX: u64 = 1024 * 1024;
+/// What may wait is what the path delivers in this time, as a sender that starts overshoots by some round trips.
+pub const QUEUE: Duration = Duration::from_millis(100);
+/// But always so much. On a local path that takes milliseconds already, and more would be no longer in the cache.
+pub const QUEUE_BYTES_MIN: u64 = 1024 * 1024;
 /// Less than this under way would be held up by delayed acknowledgements.
 pub const UNDER_WAY_BYTES_MIN: u64 = 16 * 1024;
 /// A path whose shortest round trip takes longer is not local.
@@ -72,6 +76,8 @@ const UNQUEUED_PERCENT: u32 = 125;
 const UNQUEUED_SLACK: Duration = Duration::from_millis(6);
 /// What is counted for that is halved beyond so many segments, so that it is the present that counts.
 const LOSS_MEMORY_SEGMENTS: u64 = 20_000;
+/// For so long after a time-out packets have waited for the path's return, and what is sent again is what an outage has eaten.
+const STALL_MEMORY: Duration = Duration::from_secs(1);
 
 const _: () = assert!(AHEAD_BYTES_MIN < AHEAD_BYTES_GROWING);
 const _: () = assert!(AHEAD_BYTES_GROWING < AHEAD_BYTES_MAX);
@@ -98,6 +104,8 @@ pub struct Sample {
     pub rtt: Duration,
     /// Whether there is more to send than is taken. Otherwise a low rate says nothing about the path.
     pub is_busy: bool,
+    /// Whether a retransmission time-out has passed, and nothing has been acknowledged since.
+    pub timed_out: bool,
 }
 
 /// The limits of one connection.
@@ -125,6 +133,8 @@ pub struct SendLimit {
     /// Segments that were sent again though no queue was full, and that arrived.
     retransmitted: u64,
     delivered: u64,
+    /// Until when what happens is put down to an outage.
+    stalled_until: Instant,
 }
 
 impl SendLimit {
@@ -137,7 +147,12 @@ impl SendLimit {
     pub fn observe(&mut self, now: Instant, sample: Sample) {
         let was_held_back = self.is_held_back(now);
         let before = std::mem::replace(&mut self.latest, sample);
-        self.count_losses(before);
+        if sample.timed_out {
+            self.stalled_until = now + STALL_MEMORY;
+        }
+        if !self.has_stalled(now) {
+            self.count_losses(before);
+        }
         let explained = self.explained_rtt();
         self.is_crowded &= was_held_back && explained.is_some_and(|rtt| sample.rtt > rtt);
         let Some((began, from)) = self.from else {
@@ -232,6 +247,14 @@ impl SendLimit {
         delivered_in(self.rate().unwrap_or(0), AHEAD).clamp(min, AHEAD_BYTES_MAX)
     }
 
+    /// How many bytes of packets may wait.
+    pub fn queue_bytes_max(&self) -> u64 {
+        match self.is_local() {
+            true => QUEUE_BYTES_MIN,
+            false => delivered_in(self.rate().unwrap_or(0), QUEUE).max(QUEUE_BYTES_MIN),
+        }
+    }
+
     /// How many bytes the socket may hold in all; `None` where that does not matter, or nothing is known yet.
     pub fn under_way_bytes_max(&self, now: Instant) -> Option<u64> {
         if now < self.competing_until || self.is_local() {
@@ -272,6 +295,12 @@ impl SendLimit {
     /// Whether it is not known yet how much the path carries: what waits now may be on its way in a moment.
     pub fn is_growing(&self) -> bool {
         !self.is_full && !self.is_local()
+    }
+
+    /// Whether the path was away a moment ago, or is: how long packets have waited, and what is lost, says nothing about its
+    /// queues.
+    pub fn has_stalled(&self, now: Instant) -> bool {
+        now < self.stalled_until
     }
 
     /// Whether more is under way at that rate, in either direction, than one connection is sure to hold.
@@ -394,6 +423,19 @@ mod tests {
     }
 
     #[test]
+    fn more_may_wait_for_a_fast_path_that_is_not_local() {
+        let mut watched = Watched::new();
+        assert_eq!(watched.limit.queue_bytes_max(), QUEUE_BYTES_MIN);
+        watched.delivers(20, 900);
+        assert_eq!(watched.limit.queue_bytes_max(), QUEUE_BYTES_MIN);
+        watched.delivers(500, 900);
+        assert_eq!(watched.limit.queue_bytes_max(), holds(500, 100));
+        watched.sample.rtt_min = LOCAL_RTT_MAX;
+        watched.delivers(500, 10);
+        assert_eq!(watched.limit.queue_bytes_max(), QUEUE_BYTES_MIN);
+    }
+
+    #[test]
     fn a_full_path_has_little_more_under_way_than_it_holds() {
         let mut watched = Watched::new();
         watched.delivers(20, 100);
@@ -513,6 +555,25 @@ mod tests {
     }
 
     #[test]
+    fn what_an_outage_has_eaten_is_no_loss_of_the_path() {
+        let mut watched = Watched::new();
+        watched.delivers(20, 1000);
+        assert!(!watched.limit.has_stalled(watched.now));
+        watched.sample.timed_out = true;
+        watched.delivers(0, 1000);
+        watched.sample.timed_out = false;
+        watched.sample.retransmitted_segments += 1000;
+        watched.delivers(20, 990);
+        assert!(watched.limit.has_stalled(watched.now));
+        assert!(!watched.limit.is_lossy());
+        watched.delivers(20, 10);
+        assert!(!watched.limit.has_stalled(watched.now));
+        watched.sample.retransmitted_segments += 1000;
+        watched.delivers(20, 10);
+        assert!(watched.limit.is_lossy(), "that is the path's own doing");
+    }
+
+    #[test]
     fn a_path_is_fast_that_is_short_and_carries_much() {
         let mut watched = Watched::new();
         watched.delivers(100, 20);
@@ -532,13 +593,13 @@ mod tests {
         #[test]
         fn limits_stay_within_bounds(
             samples in prop::collection::vec(
-                (any::<[u32; 3]>(), any::<[u64; 3]>(), any::<bool>(), any::<u32>()),
+                (any::<[u32; 3]>(), any::<[u64; 3]>(), any::<[bool; 2]>(), any::<u32>()),
                 1..50,
             ),
         ) {
             let mut limit = SendLimit::new();
             let mut now = Instant::ZERO;
-            for (segments, values, is_busy, step_micros) in samples {
+            for (segments, values, [is_busy, timed_out], step_micros) in samples {
                 now += Duration::from_micros(step_micros.into());
                 limit.observe(now, Sample {
                     delivered_segments: segments[0],
@@ -548,6 +609,7 @@ mod tests {
                     rtt_min: Duration::from_nanos(values[1]),
                     rtt: Duration::from_nanos(values[2]),
                     is_busy,
+                    timed_out,
                 });
                 prop_assert!((AHEAD_BYTES_MIN..=AHEAD_BYTES_MAX).contains(&limit.ahead_bytes_max()));
                 let max = limit.under_way_bytes_max(now);

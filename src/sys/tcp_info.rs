@@ -12,6 +12,7 @@ use crate::proto::send_limit::Sample;
 
 /// `struct tcp_info` of `include/uapi/linux/tcp.h` up to `tcpi_delivered`, which 5.10 has; later fields follow it.
 const TCP_INFO_BYTES: usize = 196;
+const RETRANSMITS: usize = 2;
 const SND_MSS: usize = 16;
 const UNACKED: usize = 24;
 const SACKED: usize = 28;
@@ -96,6 +97,7 @@ pub fn sample(socket: BorrowedFd<'_>, is_busy: bool) -> io::Result<Sample> {
         rtt_min: micros(shortest),
         rtt: micros(u32_at(&bytes, RTT)),
         is_busy,
+        timed_out: bytes[RETRANSMITS] > 0,
     })
 }
 

@@ -3,6 +3,7 @@
 use super::CloseCause;
 use super::path::Path;
 use super::waiting::Outgoing;
+use crate::proto::capsule::Capsule;
 use crate::proto::deframer::Deframer;
 use crate::proto::egress_queue::EgressQueue;
 use crate::proto::http::OffloadHeader;
@@ -15,7 +16,7 @@ use crate::tls::record::RecordLayer;
 use crate::uring::buffer::{Buffer, InFlight};
 use crate::uring::ring::FileSlot;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -259,6 +260,19 @@ impl Connection {
                 ..
             } | Life::Draining { .. }
         )
+    }
+
+    /// Has a look at the path, if there is anything to send and it is time for one.
+    pub(super) fn look_at_path(&mut self, now: Instant) {
+        let is_busy = self.sending.is_some() || self.path.is_held_back(now);
+        if is_busy || !self.queue.is_empty() {
+            self.path.look(self.socket.as_fd(), now, is_busy);
+        }
+    }
+
+    /// Has the peer asked for an answer.
+    pub(super) fn add_ping(&mut self, now: Instant) {
+        Capsule::Ping(now.as_nanos().to_be_bytes()).encode(&mut self.capsules);
     }
 
     /// Makes known what waits for the connection, and what is sealed.

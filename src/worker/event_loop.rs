@@ -555,6 +555,8 @@ impl Worker {
         let reference = connection.reference;
         let received = &connection.stats.counters.received_stream_bytes;
         connection.path.on_received(now, received.get());
+        // Nothing else may look while the path is away.
+        connection.look_at_path(now);
         let turned = connection.path.has_turned();
         self.free_memory_of(slot);
         if let Some(kind) = turned {
@@ -573,7 +575,7 @@ impl Worker {
         match connection.clock.due(now) {
             Due::Nothing => {}
             Due::Ping => {
-                Capsule::Ping(now.as_nanos().to_be_bytes()).encode(&mut connection.capsules);
+                connection.add_ping(now);
                 self.mark_dirty(slot);
             }
             Due::Report => self.tell_control(Event::Unresponsive {

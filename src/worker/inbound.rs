@@ -130,7 +130,7 @@ impl Worker {
             }
             Ok(bytes) => {
                 chunk.fill(bytes);
-                let withheld = connection.clock.withholds(now);
+                let was_asked = connection.clock.pinged.is_some();
                 let was_silent = connection.clock.on_received(now);
                 let reference = connection.reference;
                 connection.stats.received_at_nanos.set(now.as_nanos());
@@ -141,9 +141,9 @@ impl Worker {
                         connection: reference,
                     });
                 }
-                if withheld {
+                if was_asked {
                     self.mark_dirty(slot);
-                    self.retry_write(slot);
+                    self.send_something(slot);
                 }
                 self.process(slot, chunk, 0, Next::ReadOrPark);
             }

@@ -91,7 +91,7 @@ pub struct WorkerSetup {
     pub buffer_bytes: usize,
     /// How much of it may be registered. If it is not even the smallest useful part, none is, and all is used.
     pub lockable_bytes: usize,
-    /// Most bytes of packets that wait in one connection's egress queue.
+    /// Most bytes of packets that wait in one connection's egress queue, however much its path carries.
     pub queue_bytes_max: usize,
 }
 

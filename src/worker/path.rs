@@ -26,6 +26,8 @@ pub(super) struct Path {
     looked_at: Instant,
     /// What the kernel was last told to hold unsent.
     unsent_bytes_max: u64,
+    /// Bytes of packets that may wait.
+    queue_bytes_max: u64,
 }
 
 impl Path {
@@ -39,6 +41,7 @@ impl Path {
             told: PathKind::Ordinary,
             looked_at: Instant::ZERO,
             unsent_bytes_max: u64::from(socket::NOTSENT_LOWAT_BYTES),
+            queue_bytes_max: SendLimit::new().queue_bytes_max(),
         }
     }
 
@@ -57,6 +60,7 @@ impl Path {
             return; // The connection is about to end.
         };
         self.limit.observe(now, sample);
+        self.queue_bytes_max = self.limit.queue_bytes_max();
         self.limit_unsent(socket);
         self.carries(self.limit.rate().unwrap_or(0));
         if self.kind < PathKind::Lossy && self.limit.is_lossy() && !self.limit.is_local() {
@@ -117,9 +121,15 @@ impl Path {
         self.limit.ahead_bytes_max()
     }
 
-    /// Whether it is not known yet how much the path carries.
-    pub(super) fn is_growing(&self) -> bool {
-        self.limit.is_growing()
+    /// How many bytes of packets may wait.
+    pub(super) fn queue_bytes_max(&self) -> usize {
+        self.queue_bytes_max as usize
+    }
+
+    /// Whether packets wait for what changes by itself in a moment: it is not known yet how much the path carries, or it was
+    /// away.
+    pub(super) fn is_changing(&self, now: Instant) -> bool {
+        self.limit.is_growing() || self.limit.has_stalled(now)
     }
 
     /// Whether nothing is to be sealed until some of what is under way has arrived.

@@ -15,7 +15,6 @@ use crate::tls::record::{
 use crate::uring::buffer::{Buffer, Class, HEADROOM_BYTES};
 use crate::uring::token::{Operation, Token};
 use std::io;
-use std::os::fd::AsFd;
 
 /// Capsules up to this size share records by copy; larger ones are sealed from where they lie.
 const COALESCE_BYTES_MAX: usize = 2048;
@@ -123,17 +122,15 @@ impl Worker {
         };
         let now = self.now;
         let mut result = Ok(());
-        let is_busy = connection.sending.is_some() || connection.path.is_held_back(now);
-        if is_busy || !connection.queue.is_empty() {
-            let socket = connection.socket.as_fd();
-            connection.path.look(socket, now, is_busy);
-        }
+        connection.look_at_path(now);
         if connection.path.is_held_back(now) {
             self.pause(connection);
             return Ok(());
         }
-        // Who is told of congestion while the path is still found out gives up what it will have in a moment.
-        connection.queue.be_lenient(connection.path.is_growing());
+        // Who is told of congestion then gives up what it will have in a moment.
+        connection
+            .queue
+            .be_lenient(connection.path.is_changing(now));
         let ahead_bytes_max = connection.path.ahead_bytes_max() as usize;
         while let Some(popped) = connection.queue.pop(now) {
             let place = popped.place;

@@ -3,10 +3,12 @@
 use super::CloseCause;
 use super::connection::{Connection, Life, PARK_AFTER, Sending};
 use super::event_loop::{Worker, is_hang_up};
+use crate::sys::tcp_info;
 use crate::uring::buffer::{Buffer, Class};
 use crate::uring::ring::Completion;
 use crate::uring::token::{Operation, Token};
 use nix::errno::Errno;
+use std::os::fd::AsFd;
 
 impl Worker {
     /// A chunk, but never the last one, which is for those who receive.
@@ -87,13 +89,20 @@ impl Worker {
             .cancel(token(Operation::ConnectionWrite), token(Operation::Cancel));
     }
 
-    /// The peer is heard again: has a write that waits tried once more. The kernel wakes writers only when a third of the
-    /// send buffer is free, and TCP may be waiting for something new to send, to find out what the outage has eaten.
-    pub(super) fn retry_write(&mut self, slot: usize) {
+    /// The peer is heard again: sees that TCP has something new to send, for it may be waiting for that to find out what the
+    /// outage has eaten. Has a write that waits tried once more, since the kernel wakes writers only when a third of the send
+    /// buffer is free, and sends a PING if there is none.
+    pub(super) fn send_something(&mut self, slot: usize) {
+        let now = self.now;
         let Some(connection) = self.connection(slot) else {
             return;
         };
         if connection.sending.is_none() {
+            let holds_any = tcp_info::sample(connection.socket.as_fd(), false)
+                .is_ok_and(|sample| sample.held_bytes > 0);
+            if holds_any && connection.is_open() {
+                connection.add_ping(now);
+            }
             return;
         }
         connection.in_flight += 1;

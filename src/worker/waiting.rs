@@ -95,9 +95,9 @@ impl Worker {
     pub(super) fn admit(&mut self, connection: &mut Connection, flow: u32, mut outgoing: Outgoing) {
         let bounds = if connection.queue.is_backlogged() {
             outgoing.shrink(&mut self.pool);
-            self.bounds(1)
+            self.bounds(connection, 1)
         } else {
-            Bounds::of_bytes(self.queue_bytes_max)
+            Bounds::of_bytes(self.queue_bytes_max(connection))
         };
         let admit = connection.queue.push(self.now, flow, outgoing, &bounds);
         self.release_dropped(connection, admit);
@@ -113,13 +113,13 @@ impl Worker {
         let pool = &mut self.pool;
         connection.queue.repack(|outgoing| outgoing.shrink(pool));
         let held = connection.queue.slots()[LARGE];
-        let bounds = self.bounds(held);
+        let bounds = self.bounds(connection, held);
         let admit = connection.queue.keep_to(&bounds);
         self.release_dropped(connection, admit);
     }
 
     /// What a queue may hold that has just got `taken` more large slots than it was granted.
-    fn bounds(&self, taken: usize) -> Bounds {
+    fn bounds(&self, connection: &Connection, taken: usize) -> Bounds {
         let large = self.pool.free(Class::Packet) + taken;
         let besides_reserve = |class| {
             let reserve = self.pool.slots(class) / RESERVE_SHARE;
@@ -130,9 +130,13 @@ impl Worker {
         slots_max[MEDIUM] = besides_reserve(Class::Medium);
         slots_max[SMALL] = besides_reserve(Class::Small);
         Bounds {
-            bytes_max: self.queue_bytes_max,
+            bytes_max: self.queue_bytes_max(connection),
             slots_max,
         }
+    }
+
+    fn queue_bytes_max(&self, connection: &Connection) -> usize {
+        self.queue_bytes_max.min(connection.path.queue_bytes_max())
     }
 
     fn release_dropped(&mut self, connection: &mut Connection, admit: Admit) {

@@ -186,6 +186,7 @@ impl Stream {
             rtt_min: self.rtt_min,
             rtt: self.rtt,
             is_busy,
+            timed_out: self.patience > 1,
         }
     }
 

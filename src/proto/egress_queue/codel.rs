@@ -53,7 +53,10 @@ impl Codel {
     pub(super) fn signalled(&mut self, now: Instant) {
         if self.signalling {
             self.count = self.count.saturating_add(1);
-            self.signal_next = after(self.signal_next, self.count);
+            // Those that were due while nothing could leave are not made up for.
+            let is_late = now.since(self.signal_next) > INTERVAL;
+            let last = if is_late { now } else { self.signal_next };
+            self.signal_next = after(last, self.count);
             return;
         }
         let given = self.count - self.count_first;
@@ -98,6 +101,13 @@ mod tests {
         let mut codel = Codel::default();
         // 100, then 100/sqrt(1), 100/sqrt(2), 100/sqrt(3)... later.
         assert_eq!(signals(&mut codel, 0, 430), [100, 200, 271, 329, 379, 424]);
+    }
+
+    #[test]
+    fn signals_missed_in_a_pause_are_not_made_up_for() {
+        let mut codel = Codel::default();
+        assert_eq!(signals(&mut codel, 0, 201), [100, 200]);
+        assert_eq!(signals(&mut codel, 1000, 1110), [1000, 1058, 1108]);
     }
 
     #[test]

@@ -121,7 +121,8 @@ impl World<'_> {
             }
             return;
         }
-        connection.queue.be_lenient(connection.limit.is_growing());
+        let is_changing = connection.limit.is_growing() || connection.limit.has_stalled(now);
+        connection.queue.be_lenient(is_changing);
         let ahead_bytes_max = connection.limit.ahead_bytes_max() as usize;
         let mut staging = Staging::default();
         let mut scratch = std::mem::take(&mut self.ends[side].staging_scratch);
