@@ -3,12 +3,15 @@
 mod common;
 
 use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
 use common::status::{connections, number, status};
 use common::transfer::{Direction, Transfer, connect};
 use common::{RINGTUN, SOON, Tunnel, assert_no_panic, build, inner_addresses, until_true};
+use ringtun::sys::tcp_info;
 use ringtun_lab::outages::{Options, outages};
 use ringtun_lab::report::Report;
 use ringtun_lab::topology::{WEB_V4, WEB_V6};
@@ -95,6 +98,25 @@ fn transfers_go_on_after_short_outages() {
         !lines.iter().any(|line| line.contains("connection lost")),
         "{lines:?}"
     );
+}
+
+/// What tells an outage from a queue: the kernel has timed out, and hears nothing.
+#[rstest]
+fn a_time_out_shows_until_the_path_is_back() {
+    let lab = build(Topology::Outage);
+    let wire = lab.wire().expect("a link that can be cut");
+    let (mut near, mut far) = connect(lab.host("firewall"), lab.host("web"), WEB_V4.into());
+    let timed_out = |socket: &TcpStream| {
+        let sample = tcp_info::sample(socket.as_fd(), true);
+        sample.expect("a TCP socket").timed_out
+    };
+    assert!(!timed_out(&near));
+    wire.cut();
+    near.write_all(b"x").expect("room in the send buffer");
+    until_true("a time-out", || timed_out(&near));
+    wire.mend();
+    far.read_exact(&mut [0]).expect("it is sent again");
+    until_true("the acknowledgement", || !timed_out(&near));
 }
 
 /// The scenario of the lab that measures all this works, and the tunnel does without what only new kernels have.
