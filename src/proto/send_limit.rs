@@ -303,6 +303,12 @@ impl SendLimit {
         now < self.stalled_until
     }
 
+    /// Whether packets wait for what changes by itself in a moment: it is not known yet how much the path carries, or it was
+    /// away.
+    pub fn is_changing(&self, now: Instant) -> bool {
+        self.is_growing() || self.has_stalled(now)
+    }
+
     /// Whether more is under way at that rate, in either direction, than one connection is sure to hold.
     pub fn is_long_fat(&self, bytes_per_second: u64) -> bool {
         delivered_in(bytes_per_second, self.latest.rtt_min) >= LONG_FAT_BYTES && !self.is_local()

@@ -126,10 +126,9 @@ impl Path {
         self.queue_bytes_max as usize
     }
 
-    /// Whether packets wait for what changes by itself in a moment: it is not known yet how much the path carries, or it was
-    /// away.
+    /// Whether packets wait for what changes by itself in a moment.
     pub(super) fn is_changing(&self, now: Instant) -> bool {
-        self.limit.is_growing() || self.limit.has_stalled(now)
+        self.limit.is_changing(now)
     }
 
     /// Whether nothing is to be sealed until some of what is under way has arrived.

@@ -121,8 +121,9 @@ impl World<'_> {
             }
             return;
         }
-        let is_changing = connection.limit.is_growing() || connection.limit.has_stalled(now);
-        connection.queue.be_lenient(is_changing);
+        connection
+            .queue
+            .be_lenient(connection.limit.is_changing(now));
         let ahead_bytes_max = connection.limit.ahead_bytes_max() as usize;
         let mut staging = Staging::default();
         let mut scratch = std::mem::take(&mut self.ends[side].staging_scratch);
