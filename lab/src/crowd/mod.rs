@@ -170,8 +170,9 @@ pub fn run(
     let server_host = lab.host("server");
     server_host.write_file(CONFIG_PATH, CONFIG)?;
     let accounts = server_host.enter(|| Accounts::make(Path::new(STATE_DIR), plan.sessions))??;
-    let server = scenario::start_server(server_host, ringtun)?;
+    // Before the server starts, which takes some milliseconds to notice one more among thousands.
     let invite = scenario::invite(server_host, ringtun, "client")?;
+    let server = scenario::start_server(server_host, ringtun)?;
     // Dropped before the server, so that it can still say goodbye.
     let client = scenario::start_client(lab.host("client"), ringtun, &invite)?;
     let mut watcher = Watcher {
