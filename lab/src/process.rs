@@ -239,6 +239,29 @@ impl Process {
         }
     }
 
+    /// Waits until `enough` likes the lines that it has written so far; `awaited` says what that would be.
+    ///
+    /// # Errors
+    /// When the limit passes or the process ends first; the error shows the end of its log.
+    pub fn wait_for_lines(
+        &self,
+        awaited: &str,
+        limit: Duration,
+        enough: impl Fn(&[String]) -> bool,
+    ) -> Result<(), ProcessError> {
+        let state = self.wait_until(limit, |state| enough(&state.lines) || state.is_over());
+        match state.status {
+            _ if enough(&state.lines) => Ok(()),
+            Some(status) => Err(ProcessError::Ended {
+                program: self.program.clone(),
+                status,
+                awaited: awaited.to_owned(),
+                log: state.log(),
+            }),
+            None => Err(self.timed_out(&state, awaited.to_owned(), limit)),
+        }
+    }
+
     /// Waits until the process has ended.
     ///
     /// # Errors

@@ -79,6 +79,10 @@ const INTERNET_TO_WEB: [IpNet; 2] = [
 const PREFIX_V6: u8 = 64;
 /// How long a program of the lab's own may take to be ready.
 const READY: Duration = Duration::from_secs(10);
+/// What an iperf3 server says before each test.
+const IPERF3_LISTENS: &str = "Server listening";
+/// How long it may take to learn that a test is over.
+const IPERF3_LIMIT: Duration = Duration::from_secs(30);
 
 /// What stands between the clients and the internet.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize, clap::ValueEnum)]
@@ -129,7 +133,7 @@ impl Topology {
 pub struct Lab {
     // Fields are dropped in this order: services, the process tree with all processes, then what joins the hosts, then
     // their namespaces.
-    _services: Services,
+    services: Services,
     processes: ProcessTree,
     wire: Option<Wire>,
     hosts: Vec<Host>,
@@ -138,7 +142,7 @@ pub struct Lab {
 #[derive(Debug)]
 struct Services {
     _responder: Responder,
-    _iperf3: Vec<Process>,
+    iperf3: Vec<Process>,
 }
 
 /// Why there is no lab.
@@ -277,18 +281,34 @@ impl Lab {
                 &WEB_TCP_PORTS,
                 &WEB_UDP_PORTS,
             )?,
-            _iperf3: vec![
+            iperf3: vec![
                 iperf3(&web, &["-p", &WEB_IPERF_PORT.to_string()])?,
                 iperf3(&web, &["-p", "443", "-B", &WEB_SPEED_V4.to_string()])?,
             ],
         };
         let hosts = vec![client, client2, firewall, internet, server, web];
         Ok(Lab {
-            _services: services,
+            services,
             processes,
             wire,
             hosts,
         })
+    }
+
+    /// Waits until `web`'s iperf3 has seen the end of whoever it talked to. It serves one at a time, and where the network is bad
+    /// it learns later than the other side that a test is over.
+    ///
+    /// # Errors
+    /// When it goes on for too long.
+    pub fn wait_for_iperf3(&self) -> Result<(), ProcessError> {
+        let is_free = |lines: &[String]| {
+            let last = |of: &str| lines.iter().rposition(|line| line.contains(of));
+            last(IPERF3_LISTENS) > last("Accepted connection")
+        };
+        for server in &self.services.iperf3 {
+            server.wait_for_lines("end of a test", IPERF3_LIMIT, is_free)?;
+        }
+        Ok(())
     }
 
     /// Ends the lab's processes from another thread, for instance when a signal came.
@@ -371,7 +391,7 @@ fn iperf3(host: &Host, arguments: &[&str]) -> Result<Process, ProcessError> {
         .args(["-s", "--forceflush"])
         .args(arguments)
         .spawn()?;
-    server.wait_for_line("Server listening", READY)?;
+    server.wait_for_line(IPERF3_LISTENS, READY)?;
     Ok(server)
 }
 

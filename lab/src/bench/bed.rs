@@ -160,6 +160,7 @@ impl Bed {
 
     /// Makes one measurement.
     pub(super) fn measure(&mut self, probe: Probe, plan: &Plan) -> Result<Samples, BenchError> {
+        self.lab.wait_for_iperf3()?;
         match probe {
             Probe::Connect => {
                 let mut times = Vec::new();
