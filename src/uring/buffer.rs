@@ -265,8 +265,9 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Maps `budget_bytes` and cuts them up: three eighths each for chunks and packets, of what is beyond the minimum an
-    /// eighth for medium ones, the rest for small ones.
+    /// Maps `budget_bytes` and cuts them up. Of the minimum, three eighths each are for chunks and packets and the rest for
+    /// small ones; of what is beyond it, a quarter each for chunks and medium packets, three eighths for packets, and the rest
+    /// for small ones.
     ///
     /// # Errors
     /// What mmap says.
@@ -277,12 +278,12 @@ impl Pool {
             .next_multiple_of(PAGE_BYTES);
         let region = Region::map(budget_bytes)?;
         let (mut offset, mut first_slot) = (0, 0);
-        let medium_bytes = (budget_bytes - BUDGET_BYTES_MIN) / 8;
+        let beyond = budget_bytes - BUDGET_BYTES_MIN;
         let classes = [
-            (chunk_bytes, budget_bytes * 3 / 8),
+            (chunk_bytes, BUDGET_BYTES_MIN * 3 / 8 + beyond / 4),
             (PACKET_SLOT_BYTES, budget_bytes * 3 / 8),
-            (MEDIUM_SLOT_BYTES, medium_bytes),
-            (SMALL_SLOT_BYTES, budget_bytes / 4 - medium_bytes),
+            (MEDIUM_SLOT_BYTES, beyond / 4),
+            (SMALL_SLOT_BYTES, BUDGET_BYTES_MIN / 4 + beyond / 8),
         ]
         .map(|(slot_bytes, bytes)| {
             let slots = bytes / slot_bytes;
