@@ -8,7 +8,8 @@
 //! 2. as soon as something has to wait, all that is there is sorted into flows, and so is what comes after;
 //! 3. where that exceeds a bound, the fattest flow is cut back, from its front;
 //! 4. the flow whose turn it is gives its first packet; one that has waited too long tells its sender so;
-//! 5. a packet that did not fit the connection after all is put back.
+//! 5. where a connection has enough of that, new flows may still send a segment or so: [`EgressQueue::pop_new`];
+//! 6. a packet that did not fit the connection after all is put back.
 //!
 //! A packet tells its sender by a mark, the loss of one segment, or its own loss, whichever costs least:
 //! [`Queued::signal`]. One signal concerns one segment, not a whole super-packet.
@@ -261,8 +262,23 @@ impl<P: Queued> EgressQueue<P> {
         })
     }
 
+    /// Takes out the next packet of a new flow that is no longer than a segment: what goes even where others have to wait. No flow is given more for that than a new one may send at once.
+    pub fn pop_new(&mut self, now: Instant) -> Option<Popped<P>> {
+        self.sort_arrived();
+        let is_short = |waiting: &Waiting<P>| waiting.packet.bytes() <= SEGMENT_BYTES;
+        let index = self
+            .flows
+            .first_new(|packets| self.links.first(packets).is_some_and(is_short))?;
+        self.pop_of(index, now)
+    }
+
     fn pop_sorted(&mut self, now: Instant) -> Option<Popped<P>> {
         let index = self.flows.turn(self.quantum as i64);
+        self.pop_of(index, now)
+    }
+
+    #[inline]
+    fn pop_of(&mut self, index: usize, now: Instant) -> Option<Popped<P>> {
         let Waiting {
             mut packet,
             at,

@@ -10,6 +10,8 @@
 //!   the path delivers in its shortest round trip. More would only wait in front of the bottleneck. Where round trips stay
 //!   long all the same, somebody else fills that queue, and whoever holds back there gets nothing: then nothing is
 //!   limited for a while.
+//! - **paced**: a path that is full is sent to at the rate at which it delivers, and a little more. Acknowledgements that have
+//!   waited behind what comes the other way arrive all at once, and what they let go would make the next ones wait.
 //!
 //! The rate is measured between samples and not taken from the kernel, which forgets no rate as long as it has nothing to
 //! send (`tcp_rate_gen`), and that is just what these limits make of it.
@@ -39,10 +41,12 @@ const LOCAL_RTT_MAX: Duration = Duration::from_millis(2);
 const QUEUED_RTT_MAX: Duration = Duration::from_millis(50);
 /// A path that is full has so much more under way than its shortest round trip asks for: a share of that (per cent), and
 /// what it delivers in a time that covers the worker's own pauses.
-pub const FULL_PERCENT: u32 = 110;
+pub const FULL_PERCENT: u32 = 105;
 /// That time.
 pub const FULL_SLACK: Duration = Duration::from_millis(4);
-/// The same share where packets are lost. Each of them is under way for a round trip more, and so is what comes after it.
+/// Such a path is sent to at this share (per cent) of the rate at which it delivers.
+const PACING_PERCENT: u64 = 105;
+/// The same share as [`FULL_PERCENT`] where packets are lost. Each of them is under way for a round trip more, and so is what comes after it.
 const LOSSY_PERCENT: u32 = 250;
 /// The same share while the rate still grows. In slow start twice as much is under way in each round trip, and a rate is
 /// known one round trip later.
@@ -247,6 +251,21 @@ impl SendLimit {
         delivered_in(self.rate().unwrap_or(0), AHEAD).clamp(min, AHEAD_BYTES_MAX)
     }
 
+    /// The same as [`SendLimit::ahead_bytes_max`] just now, so that no more comes to be under way than may be.
+    pub fn sealed_bytes_max(&self, now: Instant) -> u64 {
+        let room = self
+            .under_way_bytes_max(now)
+            .map(|max| max.saturating_sub(self.latest.held_bytes));
+        self.ahead_bytes_max().min(room.unwrap_or(u64::MAX))
+    }
+
+    /// How many bytes a second the socket may send; `None` where that is not limited.
+    pub fn pacing_rate(&self, now: Instant) -> Option<u64> {
+        let is_limited = self.under_way_bytes_max(now).is_some() && self.is_full;
+        let rate = self.rate().filter(|_| is_limited && !self.is_lossy())?;
+        Some(rate.saturating_mul(PACING_PERCENT) / 100)
+    }
+
     /// How many bytes of packets may wait.
     pub fn queue_bytes_max(&self) -> u64 {
         match self.is_local() {
@@ -447,12 +466,41 @@ mod tests {
         watched.delivers(20, 100);
         assert_eq!(watched.under_way_bytes_max(), Some(holds(20, 160 + 4)));
         watched.delivers(20, 900);
-        assert_eq!(watched.under_way_bytes_max(), Some(holds(20, 44 + 4)));
+        assert_eq!(watched.under_way_bytes_max(), Some(holds(20, 42 + 4)));
         assert!(!watched.limit.is_held_back(watched.now));
-        watched.limit.sent(holds(20, 44 + 4) as usize);
+        watched.limit.sent(holds(20, 42 + 4) as usize);
         assert!(watched.limit.is_held_back(watched.now));
         watched.sample.rtt_min = LOCAL_RTT_MAX;
         assert_eq!(watched.delivers(20, 10).under_way_bytes_max(), None);
+    }
+
+    #[test]
+    fn no_more_is_sealed_than_may_be_under_way() {
+        let mut watched = Watched::new();
+        watched.delivers(100, 900);
+        assert_eq!(watched.limit.sealed_bytes_max(watched.now), holds(100, 4));
+        watched.limit.sent(holds(100, 42 + 4 - 1) as usize);
+        assert_eq!(watched.limit.sealed_bytes_max(watched.now), holds(100, 1));
+        watched.limit.sent(holds(100, 2) as usize);
+        assert_eq!(watched.limit.sealed_bytes_max(watched.now), 0);
+    }
+
+    #[test]
+    fn a_full_path_that_loses_nothing_is_paced() {
+        let mut watched = Watched::new();
+        watched.delivers(20, 100);
+        assert_eq!(watched.limit.pacing_rate(watched.now), None, "it grows");
+        watched.delivers(20, 900);
+        let paced = Some(21 * 125_000);
+        assert_eq!(watched.limit.pacing_rate(watched.now), paced);
+        watched.sample.rtt_min = LOCAL_RTT_MAX;
+        watched.delivers(20, 10);
+        assert_eq!(watched.limit.pacing_rate(watched.now), None, "local");
+        watched.sample.rtt_min = RTT;
+        watched.sample.retransmitted_segments += 10;
+        watched.delivers(20, 10);
+        assert!(watched.limit.is_lossy());
+        assert_eq!(watched.limit.pacing_rate(watched.now), None);
     }
 
     #[test]
@@ -553,7 +601,7 @@ mod tests {
         watched.sample.retransmitted_segments += 30;
         watched.delivers(100, 10);
         assert!(!watched.limit.is_lossy(), "30 of 20,000");
-        assert_eq!(watched.under_way_bytes_max(), Some(holds(100, 44 + 4)));
+        assert_eq!(watched.under_way_bytes_max(), Some(holds(100, 42 + 4)));
         watched.sample.retransmitted_segments += 30;
         watched.delivers(100, 10);
         assert!(watched.limit.is_lossy());

@@ -1,5 +1,8 @@
 //! Outer TCP sockets: how they are made and tuned, on both sides.
-#![expect(unsafe_code, reason = "TCP_RTO_MAX_MS has no safe wrapper")]
+#![expect(
+    unsafe_code,
+    reason = "TCP_RTO_MAX_MS and SO_MAX_PACING_RATE have no safe wrappers"
+)]
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -23,6 +26,9 @@ pub const LISTEN_BACKLOG: i32 = 1024;
 
 /// `include/uapi/linux/tcp.h`.
 const TCP_RTO_MAX_MS: libc::c_int = 44;
+
+/// `include/uapi/asm-generic/socket.h`. A value of 64 bits since Linux 5.0.
+const SO_MAX_PACING_RATE: libc::c_int = 47;
 
 /// Why there is no listening socket.
 #[derive(Debug, thiserror::Error)]
@@ -95,6 +101,29 @@ pub fn tune(socket: BorrowedFd<'_>) -> io::Result<()> {
 /// The kernel's error.
 pub fn limit_unsent(socket: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
     SockRef::from(&socket).set_tcp_notsent_lowat(bytes)
+}
+
+/// Has the socket send no more than so many bytes a second, evenly; `None`: as its congestion control sees fit. The kernel
+/// goes on pacing a socket that was limited once (`sk_pacing_status`).
+///
+/// # Errors
+/// The kernel's error.
+pub fn limit_pacing(socket: BorrowedFd<'_>, bytes_per_second: Option<u64>) -> io::Result<()> {
+    let value = bytes_per_second.unwrap_or(u64::MAX);
+    // SAFETY: the pointer is to a live u64 of the length given; the kernel copies it.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_MAX_PACING_RATE,
+            (&raw const value).cast(),
+            size_of::<u64>() as libc::socklen_t,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// A listening socket. An IPv6 wildcard takes IPv4 as well, and becomes the IPv4 wildcard where there is no IPv6.

@@ -26,6 +26,8 @@ pub(super) struct Path {
     looked_at: Instant,
     /// What the kernel was last told to hold unsent.
     unsent_bytes_max: u64,
+    /// What the kernel was last told to send at most, in bytes a second.
+    pacing_rate: Option<u64>,
     /// Bytes of packets that may wait.
     queue_bytes_max: u64,
 }
@@ -41,6 +43,7 @@ impl Path {
             told: PathKind::Ordinary,
             looked_at: Instant::ZERO,
             unsent_bytes_max: u64::from(socket::NOTSENT_LOWAT_BYTES),
+            pacing_rate: None,
             queue_bytes_max: SendLimit::new().queue_bytes_max(),
         }
     }
@@ -62,6 +65,7 @@ impl Path {
         self.limit.observe(now, sample);
         self.queue_bytes_max = self.limit.queue_bytes_max();
         self.limit_unsent(socket);
+        self.limit_pacing(socket, now);
         self.carries(self.limit.rate().unwrap_or(0));
         if self.kind < PathKind::Lossy && self.limit.is_lossy() && !self.limit.is_local() {
             if self.follows {
@@ -111,12 +115,28 @@ impl Path {
         }
     }
 
+    fn limit_pacing(&mut self, socket: BorrowedFd<'_>, now: Instant) {
+        let wanted = self.limit.pacing_rate(now);
+        let is_wobble = wanted
+            .zip(self.pacing_rate)
+            .is_some_and(|(wanted, told)| wanted.abs_diff(told) <= told / 16);
+        if wanted != self.pacing_rate && !is_wobble && socket::limit_pacing(socket, wanted).is_ok()
+        {
+            self.pacing_rate = wanted;
+        }
+    }
+
     /// The socket took `bytes`.
     pub(super) fn on_sent(&mut self, bytes: usize) {
         self.limit.sent(bytes);
     }
 
-    /// Bytes that may be sealed and not yet taken by the socket.
+    /// Bytes that may be sealed and not yet taken by the socket, just now.
+    pub(super) fn sealed_bytes_max(&self, now: Instant) -> u64 {
+        self.limit.sealed_bytes_max(now)
+    }
+
+    /// The same as long as little is under way.
     pub(super) fn ahead_bytes_max(&self) -> u64 {
         self.limit.ahead_bytes_max()
     }

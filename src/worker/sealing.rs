@@ -123,16 +123,22 @@ impl Worker {
         let now = self.now;
         let mut result = Ok(());
         connection.look_at_path(now);
-        if connection.path.is_held_back(now) {
-            self.pause(connection);
-            return Ok(());
-        }
+        let is_held_back = connection.path.is_held_back(now);
         // Who is told of congestion then gives up what it will have in a moment.
         connection
             .queue
             .be_lenient(connection.path.is_changing(now));
-        let ahead_bytes_max = connection.path.ahead_bytes_max() as usize;
-        while let Some(popped) = connection.queue.pop(now) {
+        // What is sparse is not worth holding back: it would only wait.
+        let ahead_bytes_max = match is_held_back {
+            true => connection.path.ahead_bytes_max(),
+            false => connection.path.sealed_bytes_max(now),
+        } as usize;
+        loop {
+            let popped = match is_held_back {
+                true => connection.queue.pop_new(now),
+                false => connection.queue.pop(now),
+            };
+            let Some(popped) = popped else { break };
             let place = popped.place;
             let Some(mut outgoing) = self.heed(connection, popped.verdict, popped.packet) else {
                 continue;
@@ -197,6 +203,9 @@ impl Worker {
                     break;
                 }
             }
+        }
+        if is_held_back {
+            self.pause(connection);
         }
         result.and(self.flush_staging(connection))
     }

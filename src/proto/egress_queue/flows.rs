@@ -179,6 +179,18 @@ impl Flows {
         }
     }
 
+    /// The first of the new flows that may send and whose packets are `suitable`.
+    pub(super) fn first_new(&self, suitable: impl Fn(&Chain) -> bool) -> Option<usize> {
+        let mut index = self.new.first;
+        while let Some(flow) = self.flows.get(usize::from(index)) {
+            if flow.deficit > 0 && suitable(&flow.packets) {
+                return Some(index.into());
+            }
+            index = flow.next;
+        }
+        None
+    }
+
     /// Nobody has packets: all flows are idle, whatever they owe, as nobody is waiting for it.
     #[inline]
     pub(super) fn rest(&mut self) {

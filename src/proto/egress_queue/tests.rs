@@ -55,6 +55,7 @@ enum Step {
         kind: Kind,
     },
     Pop,
+    PopNew,
     PutBack,
     Wait(u64),
     Bound(Bounds),
@@ -99,6 +100,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         30 => push.prop_map(|(flow, (bytes, kind), class)| Step::Push { flow, bytes, class, kind }),
         15 => Just(Step::Pop),
+        5 => Just(Step::PopNew),
         5 => Just(Step::PutBack),
         10 => (1..60_000_000_u64).prop_map(Step::Wait),
         2 => bounds().prop_map(Step::Bound),
@@ -199,6 +201,12 @@ proptest! {
                     let popped = checked.queue.pop(now);
                     prop_assert_eq!(popped.is_none(), checked.waiting.is_empty());
                     if let Some(Popped { packet, verdict, .. }) = popped {
+                        checked.leaves(&packet, verdict)?;
+                    }
+                }
+                Step::PopNew => {
+                    if let Some(Popped { packet, verdict, .. }) = checked.queue.pop_new(now) {
+                        prop_assert!(packet.bytes <= SEGMENT_BYTES);
                         checked.leaves(&packet, verdict)?;
                     }
                 }
@@ -408,6 +416,30 @@ fn a_packet_that_was_put_back_is_overtaken_by_a_new_flow_only() {
         .map(|popped| (popped.packet.flow, popped.packet.serial))
         .collect();
     assert_eq!(flows, [(2, 0), (1, 1), (1, 2)]);
+}
+
+#[test]
+fn where_others_have_to_wait_a_new_flow_sends_what_it_may_and_no_more() {
+    let mut queue = EgressQueue::new();
+    for _ in 0..2 {
+        assert_eq!(
+            queue.push(Instant::ZERO, 1, toy(1, 60_000), &WIDE),
+            Admit::Queued
+        );
+    }
+    assert!(queue.pop_new(Instant::ZERO).is_none(), "too long");
+    let popped = queue.pop(Instant::ZERO).expect("a packet");
+    queue.put_back(popped.place, popped.packet);
+    let now = Instant::from_nanos(1000);
+    for _ in 0..40 {
+        assert_eq!(queue.push(now, 2, toy(2, 100), &WIDE), Admit::Queued);
+    }
+    let sent = std::iter::from_fn(|| queue.pop_new(now)).inspect(|popped| {
+        assert_eq!(popped.packet.flow, 2);
+    });
+    assert_eq!(sent.count(), SEGMENT_BYTES.div_ceil(100));
+    assert_eq!(queue.len(), 2 + 40 - SEGMENT_BYTES.div_ceil(100));
+    assert_eq!(queue.pop(now).expect("a packet").packet.flow, 1);
 }
 
 #[test]

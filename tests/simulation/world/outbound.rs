@@ -113,21 +113,22 @@ impl World<'_> {
         if is_busy || !connection.queue.is_empty() {
             self.look(connection, is_busy);
         }
-        if connection.limit.is_held_back(now) {
-            if !connection.pausing && !connection.queue.is_empty() {
-                connection.pausing = true;
-                let stream = connection.outbound;
-                self.agenda.at(now + PAUSE, Event::Paused { stream });
-            }
-            return;
-        }
+        let is_held_back = connection.limit.is_held_back(now);
         connection
             .queue
             .be_lenient(connection.limit.is_changing(now));
-        let ahead_bytes_max = connection.limit.ahead_bytes_max() as usize;
+        let ahead_bytes_max = match is_held_back {
+            true => connection.limit.ahead_bytes_max(),
+            false => connection.limit.sealed_bytes_max(now),
+        } as usize;
         let mut staging = Staging::default();
         let mut scratch = std::mem::take(&mut self.ends[side].staging_scratch);
-        while let Some(popped) = connection.queue.pop(now) {
+        loop {
+            let popped = match is_held_back {
+                true => connection.queue.pop_new(now),
+                false => connection.queue.pop(now),
+            };
+            let Some(popped) = popped else { break };
             let Some(outgoing) = self.heed(side, popped.verdict, popped.packet) else {
                 continue;
             };
@@ -156,6 +157,11 @@ impl World<'_> {
             self.trace.note(now, || format!("packet {id} is sealed"));
             self.ledger.seal(id, outgoing.bytes());
             self.ends[side].pool.release(&outgoing);
+        }
+        if is_held_back && !connection.pausing && !connection.queue.is_empty() {
+            connection.pausing = true;
+            let stream = connection.outbound;
+            self.agenda.at(now + PAUSE, Event::Paused { stream });
         }
         seal_staged(connection, &mut staging, offloads);
         self.ends[side].staging_scratch = scratch;
