@@ -3,6 +3,7 @@
 use super::connection::{
     Clock, Connection, Due, FLUSH_WITHIN, Life, PARK_AFTER, REPLACED_WITHIN, Receive,
 };
+use super::latch::Share;
 use super::path::Path;
 use super::staging::Staging;
 use super::{
@@ -109,6 +110,7 @@ impl Worker {
     pub(super) fn new(
         index: usize,
         setup: WorkerSetup,
+        mapped: Share,
         inlets: Arc<[Arc<Inlet>]>,
         events: tokio::sync::mpsc::UnboundedSender<Event>,
         counters: Arc<WorkerCounters>,
@@ -118,7 +120,9 @@ impl Worker {
             .min(FILES_MAX);
         let mut ring = Ring::start(setup.ring, files as u32)?;
         let (pool, buffers_registered) =
-            packet_memory(&mut ring, setup.buffer_bytes, setup.lockable_bytes)?;
+            packet_memory(&mut ring, setup.buffer_bytes, setup.lockable_bytes, || {
+                mapped.wait()
+            })?;
         ring.register_file(BELL, inlets[index].bell.heard.as_fd())
             .map_err(WorkerError::File)?;
         ring.register_file(TUN, setup.tun.as_fd())
@@ -622,15 +626,22 @@ impl Worker {
 
 /// Maps and registers `bytes` of packet memory, or `lockable_bytes` where that is less. RLIMIT_MEMLOCK may not allow so
 /// much: it is halved down to [`BUDGET_BYTES_MIN`]. At last all `bytes` are used without registration, which nothing limits.
+/// `on_mapped` is called once before any of it is registered: registering faults all pages in, and whoever wants to map
+/// anything meanwhile waits (`mmap_lock`), and with him whoever wants to register.
 pub(super) fn packet_memory(
     ring: &mut Ring,
     bytes: usize,
     lockable_bytes: usize,
+    on_mapped: impl FnOnce(),
 ) -> Result<(Pool, bool), WorkerError> {
+    let mut on_mapped = Some(on_mapped);
     let failed = |bytes| move |source| WorkerError::Memory { bytes, source };
     let mut budget = bytes.min(lockable_bytes).max(BUDGET_BYTES_MIN);
     loop {
         let pool = Pool::new(budget).map_err(failed(budget))?;
+        if let Some(on_mapped) = on_mapped.take() {
+            on_mapped();
+        }
         if ring.register_pool(&pool).map_err(failed(budget))? {
             return Ok((pool, true));
         }

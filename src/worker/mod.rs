@@ -19,6 +19,7 @@ pub mod connection;
 mod event_loop;
 mod handover;
 mod inbound;
+mod latch;
 mod outbound;
 mod path;
 mod sealing;
@@ -308,7 +309,7 @@ pub fn rehearse(
 ) -> Result<Rehearsal, WorkerError> {
     let mut ring = Ring::start(ring, 1)?;
     let (pool, buffers_registered) =
-        event_loop::packet_memory(&mut ring, buffer_bytes, lockable_bytes)?;
+        event_loop::packet_memory(&mut ring, buffer_bytes, lockable_bytes, || ())?;
     let rehearsal = Rehearsal {
         set_up: ring.set_up(),
         buffer_bytes: pool.bytes(),
@@ -350,10 +351,13 @@ impl Workers {
             next_generation: 1,
         };
         // All at once: most of the time it takes goes into packet memory.
-        let starting: Vec<_> = setups
+        let starting: Vec<_> = latch::Share::of(setups.len())
             .into_iter()
+            .zip(setups)
             .enumerate()
-            .map(|(index, setup)| Starting::new(index, setup, Arc::clone(&inlets), events.clone()))
+            .map(|(index, (mapped, setup))| {
+                Starting::new(index, setup, mapped, Arc::clone(&inlets), events.clone())
+            })
             .collect();
         let mut failed = None;
         for worker in starting {
@@ -514,6 +518,7 @@ impl Starting {
     fn new(
         index: usize,
         setup: WorkerSetup,
+        mapped: latch::Share,
         inlets: Arc<[Arc<Inlet>]>,
         events: tokio::sync::mpsc::UnboundedSender<Event>,
     ) -> Result<Self, WorkerError> {
@@ -525,8 +530,14 @@ impl Starting {
             .name(format!("ringtun-w{index}"))
             .spawn(move || {
                 // The ring belongs to the thread that makes it (SINGLE_ISSUER).
-                let worker =
-                    event_loop::Worker::new(index, setup, inlets, events.clone(), thread_counters);
+                let worker = event_loop::Worker::new(
+                    index,
+                    setup,
+                    mapped,
+                    inlets,
+                    events.clone(),
+                    thread_counters,
+                );
                 match worker {
                     Ok(mut worker) => {
                         let _ = sender.send(Ok((worker.info(), worker.buffers())));
