@@ -110,20 +110,7 @@ pub fn limit_unsent(socket: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
 /// The kernel's error.
 pub fn limit_pacing(socket: BorrowedFd<'_>, bytes_per_second: Option<u64>) -> io::Result<()> {
     let value = bytes_per_second.unwrap_or(u64::MAX);
-    // SAFETY: the pointer is to a live u64 of the length given; the kernel copies it.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_MAX_PACING_RATE,
-            (&raw const value).cast(),
-            size_of::<u64>() as libc::socklen_t,
-        )
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    set_option(socket, libc::SOL_SOCKET, SO_MAX_PACING_RATE, value)
 }
 
 /// A listening socket. An IPv6 wildcard takes IPv4 as well, and becomes the IPv4 wildcard where there is no IPv6.
@@ -176,22 +163,33 @@ fn lacks_ipv6(error: &io::Error) -> bool {
 }
 
 fn limit_rto(socket: BorrowedFd<'_>) {
-    // SAFETY: the pointer is to a live int of the length given; the kernel copies it.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            TCP_RTO_MAX_MS,
-            (&raw const RTO_MAX_MS_VALUE).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    if result != 0 {
+    if set_option(socket, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, RTO_MAX_MS).is_err() {
         tracing::trace!("this kernel does not take TCP_RTO_MAX_MS");
     }
 }
 
-static RTO_MAX_MS_VALUE: libc::c_int = RTO_MAX_MS;
+/// Sets an option whose value is a number of the type that the kernel expects.
+fn set_option<N: Copy>(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: N,
+) -> io::Result<()> {
+    // SAFETY: the pointer is to a live number of the length given; the kernel copies it.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of::<N>() as libc::socklen_t,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -199,15 +197,19 @@ mod tests {
 
     use super::*;
 
-    fn rto_max_ms(socket: BorrowedFd<'_>) -> io::Result<libc::c_int> {
-        let mut value: libc::c_int = 0;
-        let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    fn option<N: Copy + Default>(
+        socket: BorrowedFd<'_>,
+        level: libc::c_int,
+        option: libc::c_int,
+    ) -> io::Result<N> {
+        let mut value = N::default();
+        let mut length = size_of::<N>() as libc::socklen_t;
         // SAFETY: both pointers are to live values, and the kernel writes no more than `length` bytes.
         let result = unsafe {
             libc::getsockopt(
                 socket.as_raw_fd(),
-                libc::IPPROTO_TCP,
-                TCP_RTO_MAX_MS,
+                level,
+                option,
                 (&raw mut value).cast(),
                 &raw mut length,
             )
@@ -215,6 +217,21 @@ mod tests {
         match result {
             0 => Ok(value),
             _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn rto_max_ms(socket: BorrowedFd<'_>) -> io::Result<libc::c_int> {
+        option(socket, libc::IPPROTO_TCP, TCP_RTO_MAX_MS)
+    }
+
+    #[test]
+    fn what_may_be_sent_in_a_second_is_limited_until_it_is_not() {
+        let socket = outer(Ipv4Addr::LOCALHOST.into(), &CongestionControl::Auto).expect("a socket");
+        let limit = || option::<u64>(socket.as_fd(), libc::SOL_SOCKET, SO_MAX_PACING_RATE);
+        assert_eq!(limit().expect("a number"), u64::MAX);
+        for wanted in [Some(2_500_000), Some(10_000_000_000), None] {
+            limit_pacing(socket.as_fd(), wanted).expect("a limit");
+            assert_eq!(limit().expect("a number"), wanted.unwrap_or(u64::MAX));
         }
     }
 
