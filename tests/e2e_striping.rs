@@ -258,13 +258,32 @@ fn workers() -> usize {
     cores.get().min(2)
 }
 
+/// Whether the kernel has been told how much a second it may send at most on the tunnel's connection: `ss` shows that behind the
+/// rate at which it would.
+fn is_paced(host: &Host) -> bool {
+    let filter = [
+        "-tinH",
+        "state",
+        "established",
+        "sport = :443 or dport = :443",
+    ];
+    let sockets = host.exec("ss", filter).expect("ss runs");
+    let mut words = sockets.split_whitespace();
+    words.any(|word| word == "pacing_rate") && words.next().is_some_and(|rate| rate.contains('/'))
+}
+
 #[rstest]
 fn a_slow_path_has_one_connection() {
     let lab = build(Topology::Bufferbloat);
     let tunnel = Tunnel::start(&lab);
     let (client, web) = (lab.host("client"), lab.host("web"));
     for direction in [Direction::Up, Direction::Down] {
+        let sender = match direction {
+            Direction::Up => client,
+            Direction::Down => lab.host("server"),
+        };
         let transfer = Transfer::start(client, web, WEB_V4.into(), direction);
+        until_true("a bound for what is sent", || is_paced(sender));
         transfer.wait_for_more(4 * SOME_BYTES);
         transfer.finish();
     }

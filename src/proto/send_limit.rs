@@ -148,7 +148,11 @@ impl SendLimit {
     }
 
     /// Takes in how things stand now.
-    pub fn observe(&mut self, now: Instant, sample: Sample) {
+    pub fn observe(&mut self, now: Instant, mut sample: Sample) {
+        // Whoever has a queue before the bottleneck has nothing else that would be taken.
+        sample.is_busy |= self
+            .full_bytes()
+            .is_some_and(|max| sample.held_bytes >= max);
         let was_held_back = self.is_held_back(now);
         let before = std::mem::replace(&mut self.latest, sample);
         if sample.timed_out {
@@ -283,11 +287,22 @@ impl SendLimit {
     }
 
     fn under_way_bytes(&self) -> Option<u64> {
-        let percent = match (self.is_full, self.is_lossy()) {
-            (false, _) => GROWING_PERCENT,
-            (true, true) => LOSSY_PERCENT,
-            (true, false) => FULL_PERCENT,
-        };
+        match self.is_full {
+            true => self.full_bytes(),
+            false => self.bytes_of(GROWING_PERCENT),
+        }
+    }
+
+    /// What a full path has under way.
+    fn full_bytes(&self) -> Option<u64> {
+        self.bytes_of(match self.is_lossy() {
+            true => LOSSY_PERCENT,
+            false => FULL_PERCENT,
+        })
+    }
+
+    /// What the path delivers in this share (per cent) of its shortest round trip, and a little more.
+    fn bytes_of(&self, percent: u32) -> Option<u64> {
         let time = self.latest.rtt_min.saturating_mul(percent) / 100 + FULL_SLACK;
         Some(delivered_in(self.rate()?, time).max(UNDER_WAY_BYTES_MIN))
     }
@@ -529,6 +544,18 @@ mod tests {
         let mut watched = Watched::new();
         watched.delivers(20, 1000).delivers(0, 5000);
         assert_eq!(watched.limit.rate(), Some(20 * 125_000), "an outage");
+    }
+
+    #[test]
+    fn a_path_with_a_queue_is_full_though_nothing_waits_for_it() {
+        let mut watched = Watched::new();
+        watched.sample.is_busy = false;
+        watched.sample.held_bytes = holds(20, 42 + 4 - 1);
+        watched.delivers(20, 2000);
+        assert!(watched.limit.is_growing());
+        watched.sample.held_bytes = holds(20, 42 + 4);
+        watched.delivers(20, 1000);
+        assert!(!watched.limit.is_growing());
     }
 
     #[test]
