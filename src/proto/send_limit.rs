@@ -46,6 +46,11 @@ pub const FULL_PERCENT: u32 = 105;
 pub const FULL_SLACK: Duration = Duration::from_millis(4);
 /// Such a path is sent to at this share (per cent) of the rate at which it delivers.
 const PACING_PERCENT: u64 = 105;
+/// And at this share where round trips are not longer than this share of the shortest (per cent) and this time, so that there is
+/// no queue: it may have got faster.
+const UNQUEUED_PACING_PERCENT: u64 = 200;
+const NO_QUEUE_PERCENT: u32 = 105;
+const NO_QUEUE_SLACK: Duration = Duration::from_millis(1);
 /// The same share as [`FULL_PERCENT`] where packets are lost. Each of them is under way for a round trip more, and so is what comes after it.
 const LOSSY_PERCENT: u32 = 250;
 /// The same share while the rate still grows. In slow start twice as much is under way in each round trip, and a rate is
@@ -157,6 +162,9 @@ impl SendLimit {
         let before = std::mem::replace(&mut self.latest, sample);
         if sample.timed_out {
             self.stalled_until = now + STALL_MEMORY;
+            // It begins anew, and may be another one then.
+            self.is_full = false;
+            self.flat_windows = 0;
         }
         if !self.has_stalled(now) {
             self.count_losses(before);
@@ -267,7 +275,12 @@ impl SendLimit {
     pub fn pacing_rate(&self, now: Instant) -> Option<u64> {
         let is_limited = self.under_way_bytes_max(now).is_some() && self.is_full;
         let rate = self.rate().filter(|_| is_limited && !self.is_lossy())?;
-        Some(rate.saturating_mul(PACING_PERCENT) / 100)
+        let Sample { rtt, rtt_min, .. } = self.latest;
+        let percent = match rtt <= rtt_min.saturating_mul(NO_QUEUE_PERCENT) / 100 + NO_QUEUE_SLACK {
+            true => UNQUEUED_PACING_PERCENT,
+            false => PACING_PERCENT,
+        };
+        Some(rate.saturating_mul(percent) / 100)
     }
 
     /// How many bytes of packets may wait.
@@ -506,8 +519,13 @@ mod tests {
         watched.delivers(20, 100);
         assert_eq!(watched.limit.pacing_rate(watched.now), None, "it grows");
         watched.delivers(20, 900);
-        let paced = Some(21 * 125_000);
-        assert_eq!(watched.limit.pacing_rate(watched.now), paced);
+        let unqueued = Some(2 * 20 * 125_000);
+        assert_eq!(watched.limit.pacing_rate(watched.now), unqueued);
+        watched.sample.rtt = RTT + RTT / 10;
+        watched.delivers(20, 10);
+        let queued = Some(21 * 125_000);
+        assert_eq!(watched.limit.pacing_rate(watched.now), queued);
+        watched.sample.rtt = RTT;
         watched.sample.rtt_min = LOCAL_RTT_MAX;
         watched.delivers(20, 10);
         assert_eq!(watched.limit.pacing_rate(watched.now), None, "local");
@@ -642,6 +660,7 @@ mod tests {
         assert!(!watched.limit.has_stalled(watched.now));
         watched.sample.timed_out = true;
         watched.delivers(0, 1000);
+        assert!(watched.limit.is_growing(), "it begins anew");
         watched.sample.timed_out = false;
         watched.sample.retransmitted_segments += 1000;
         watched.delivers(20, 990);
