@@ -262,7 +262,8 @@ impl<P: Queued> EgressQueue<P> {
         })
     }
 
-    /// Takes out the next packet of a new flow that is no longer than a segment: what goes even where others have to wait. No flow is given more for that than a new one may send at once.
+    /// Takes out the next packet of a new flow that is no longer than a segment: what goes even where others have to wait. No
+    /// flow is given more for that than a new one may send at once.
     pub fn pop_new(&mut self, now: Instant) -> Option<Popped<P>> {
         self.sort_arrived();
         let is_short = |waiting: &Waiting<P>| waiting.packet.bytes() <= SEGMENT_BYTES;

@@ -51,7 +51,8 @@ const PACING_PERCENT: u64 = 105;
 const UNQUEUED_PACING_PERCENT: u64 = 200;
 const NO_QUEUE_PERCENT: u32 = 105;
 const NO_QUEUE_SLACK: Duration = Duration::from_millis(1);
-/// The same share as [`FULL_PERCENT`] where packets are lost. Each of them is under way for a round trip more, and so is what comes after it.
+/// The same share as [`FULL_PERCENT`] where packets are lost. Each of them is under way for a round trip more, and so is what
+/// comes after it.
 const LOSSY_PERCENT: u32 = 250;
 /// The same share while the rate still grows. In slow start twice as much is under way in each round trip, and a rate is
 /// known one round trip later.
