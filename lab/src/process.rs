@@ -217,26 +217,11 @@ impl Process {
         pattern: &str,
         limit: Duration,
     ) -> Result<String, ProcessError> {
-        let awaited = || format!("line with \"{pattern}\"");
-        let found = |state: &State| {
-            state
-                .lines
-                .iter()
-                .skip(mark)
-                .find(|line| line.contains(pattern))
-                .cloned()
+        let found = |lines: &[String]| {
+            let line = lines.iter().skip(mark).find(|line| line.contains(pattern));
+            line.cloned()
         };
-        let state = self.wait_until(limit, |state| found(state).is_some() || state.is_over());
-        match (found(&state), state.status) {
-            (Some(line), _) => Ok(line),
-            (None, Some(status)) if state.is_over() => Err(ProcessError::Ended {
-                program: self.program.clone(),
-                status,
-                awaited: awaited(),
-                log: state.log(),
-            }),
-            (None, _) => Err(self.timed_out(&state, awaited(), limit)),
-        }
+        self.find_in_lines(&format!("line with \"{pattern}\""), limit, found)
     }
 
     /// Waits until `enough` likes the lines that it has written so far; `awaited` says what that would be.
@@ -249,16 +234,26 @@ impl Process {
         limit: Duration,
         enough: impl Fn(&[String]) -> bool,
     ) -> Result<(), ProcessError> {
-        let state = self.wait_until(limit, |state| enough(&state.lines) || state.is_over());
-        match state.status {
-            _ if enough(&state.lines) => Ok(()),
-            Some(status) => Err(ProcessError::Ended {
+        self.find_in_lines(awaited, limit, |lines| enough(lines).then_some(()))
+    }
+
+    fn find_in_lines<T>(
+        &self,
+        awaited: &str,
+        limit: Duration,
+        find: impl Fn(&[String]) -> Option<T>,
+    ) -> Result<T, ProcessError> {
+        let done = |state: &State| find(&state.lines).is_some() || state.is_over();
+        let state = self.wait_until(limit, done);
+        match (find(&state.lines), state.status) {
+            (Some(found), _) => Ok(found),
+            (None, Some(status)) if state.is_over() => Err(ProcessError::Ended {
                 program: self.program.clone(),
                 status,
                 awaited: awaited.to_owned(),
                 log: state.log(),
             }),
-            None => Err(self.timed_out(&state, awaited.to_owned(), limit)),
+            (None, _) => Err(self.timed_out(&state, awaited.to_owned(), limit)),
         }
     }
 

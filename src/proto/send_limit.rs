@@ -16,6 +16,7 @@
 //! The rate is measured between samples and not taken from the kernel, which forgets no rate as long as it has nothing to
 //! send (`tcp_rate_gen`), and that is just what these limits make of it.
 
+use super::egress_queue::{EgressQueue, Popped, Queued};
 use super::timer::Instant;
 use std::time::Duration;
 
@@ -116,6 +117,32 @@ pub struct Sample {
     pub is_busy: bool,
     /// Whether a retransmission time-out has passed, and nothing has been acknowledged since.
     pub timed_out: bool,
+}
+
+/// What may be sealed at one moment, until so many bytes are sealed and not yet taken by the socket.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Allowance {
+    /// Any packet.
+    Any(u64),
+    /// Enough is under way. Packets of new flows go all the same: there is little of them, and they would only wait.
+    New(u64),
+}
+
+impl Allowance {
+    /// The bytes.
+    pub fn bytes_max(self) -> u64 {
+        let (Self::Any(bytes) | Self::New(bytes)) = self;
+        bytes
+    }
+
+    /// Takes out the next packet that may be sealed.
+    #[inline]
+    pub fn pop<P: Queued>(self, queue: &mut EgressQueue<P>, now: Instant) -> Option<Popped<P>> {
+        match self {
+            Self::Any(_) => queue.pop(now),
+            Self::New(_) => queue.pop_new(now),
+        }
+    }
 }
 
 /// The limits of one connection.
@@ -264,12 +291,17 @@ impl SendLimit {
         delivered_in(self.rate().unwrap_or(0), AHEAD).clamp(min, AHEAD_BYTES_MAX)
     }
 
-    /// The same as [`SendLimit::ahead_bytes_max`] just now, so that no more comes to be under way than may be.
-    pub fn sealed_bytes_max(&self, now: Instant) -> u64 {
+    /// What may be sealed now, so that no more comes to be under way than may be.
+    pub fn allowance(&self, now: Instant) -> Allowance {
+        let ahead = self.ahead_bytes_max();
         let room = self
             .under_way_bytes_max(now)
             .map(|max| max.saturating_sub(self.latest.held_bytes));
-        self.ahead_bytes_max().min(room.unwrap_or(u64::MAX))
+        match room {
+            Some(0) => Allowance::New(ahead),
+            Some(room) => Allowance::Any(ahead.min(room)),
+            None => Allowance::Any(ahead),
+        }
     }
 
     /// How many bytes a second the socket may send; `None` where that is not limited.
@@ -507,11 +539,15 @@ mod tests {
     fn no_more_is_sealed_than_may_be_under_way() {
         let mut watched = Watched::new();
         watched.delivers(100, 900);
-        assert_eq!(watched.limit.sealed_bytes_max(watched.now), holds(100, 4));
-        watched.limit.sent(holds(100, 42 + 4 - 1) as usize);
-        assert_eq!(watched.limit.sealed_bytes_max(watched.now), holds(100, 1));
-        watched.limit.sent(holds(100, 2) as usize);
-        assert_eq!(watched.limit.sealed_bytes_max(watched.now), 0);
+        let mut allowance_after = |sent| {
+            watched.limit.sent(sent as usize);
+            watched.limit.allowance(watched.now)
+        };
+        let ahead = holds(100, 4);
+        assert_eq!(allowance_after(0), Allowance::Any(ahead));
+        let nearly_all = holds(100, 42 + 4 - 1);
+        assert_eq!(allowance_after(nearly_all), Allowance::Any(holds(100, 1)));
+        assert_eq!(allowance_after(holds(100, 2)), Allowance::New(ahead));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What a connection knows of its path, and how much it may send because of that.
 
 use super::PathKind;
-use crate::proto::send_limit::SendLimit;
+use crate::proto::send_limit::{Allowance, SendLimit};
 use crate::proto::timer::Instant;
 use crate::sys::{congestion, socket, tcp_info};
 use std::os::fd::BorrowedFd;
@@ -131,12 +131,12 @@ impl Path {
         self.limit.sent(bytes);
     }
 
-    /// Bytes that may be sealed and not yet taken by the socket, just now.
-    pub(super) fn sealed_bytes_max(&self, now: Instant) -> u64 {
-        self.limit.sealed_bytes_max(now)
+    /// What may be sealed now.
+    pub(super) fn allowance(&self, now: Instant) -> Allowance {
+        self.limit.allowance(now)
     }
 
-    /// The same as long as little is under way.
+    /// Bytes that may be sealed and not yet taken by the socket as long as little is under way.
     pub(super) fn ahead_bytes_max(&self) -> u64 {
         self.limit.ahead_bytes_max()
     }

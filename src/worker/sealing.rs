@@ -7,6 +7,7 @@ use super::staging::Staging;
 use super::waiting::Outgoing;
 use crate::proto::capsule::{DATAGRAM_HEADER_BYTES_MAX, datagram_header};
 use crate::proto::offload::{self, Datagram, Fit, Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
+use crate::proto::send_limit::Allowance;
 use crate::stats::ConnectionCounters;
 use crate::tls::record::{
     CONTROL_RECORD_BYTES_MAX, ContentType, RECORD_OVERHEAD_BYTES, RECORD_PLAINTEXT_BYTES_MAX,
@@ -123,22 +124,13 @@ impl Worker {
         let now = self.now;
         let mut result = Ok(());
         connection.look_at_path(now);
-        let is_held_back = connection.path.is_held_back(now);
         // Who is told of congestion then gives up what it will have in a moment.
         connection
             .queue
             .be_lenient(connection.path.is_changing(now));
-        // What is sparse is not worth holding back: it would only wait.
-        let ahead_bytes_max = match is_held_back {
-            true => connection.path.ahead_bytes_max(),
-            false => connection.path.sealed_bytes_max(now),
-        } as usize;
-        loop {
-            let popped = match is_held_back {
-                true => connection.queue.pop_new(now),
-                false => connection.queue.pop(now),
-            };
-            let Some(popped) = popped else { break };
+        let allowance = connection.path.allowance(now);
+        let ahead_bytes_max = allowance.bytes_max() as usize;
+        while let Some(popped) = allowance.pop(&mut connection.queue, now) {
             let place = popped.place;
             let Some(mut outgoing) = self.heed(connection, popped.verdict, popped.packet) else {
                 continue;
@@ -204,7 +196,7 @@ impl Worker {
                 }
             }
         }
-        if is_held_back {
+        if let Allowance::New(_) = allowance {
             self.pause(connection);
         }
         result.and(self.flush_staging(connection))

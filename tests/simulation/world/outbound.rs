@@ -10,6 +10,7 @@ use crate::ledger::Held;
 use ringtun::proto::egress_queue::{Admit, Bounds, Place, Queued, Verdict};
 use ringtun::proto::offload::Offloads;
 use ringtun::proto::route_table::ConnectionRef;
+use ringtun::proto::send_limit::Allowance;
 use std::time::Duration;
 
 /// How long a write takes until the worker knows of it.
@@ -113,22 +114,14 @@ impl World<'_> {
         if is_busy || !connection.queue.is_empty() {
             self.look(connection, is_busy);
         }
-        let is_held_back = connection.limit.is_held_back(now);
         connection
             .queue
             .be_lenient(connection.limit.is_changing(now));
-        let ahead_bytes_max = match is_held_back {
-            true => connection.limit.ahead_bytes_max(),
-            false => connection.limit.sealed_bytes_max(now),
-        } as usize;
+        let allowance = connection.limit.allowance(now);
+        let ahead_bytes_max = allowance.bytes_max() as usize;
         let mut staging = Staging::default();
         let mut scratch = std::mem::take(&mut self.ends[side].staging_scratch);
-        loop {
-            let popped = match is_held_back {
-                true => connection.queue.pop_new(now),
-                false => connection.queue.pop(now),
-            };
-            let Some(popped) = popped else { break };
+        while let Some(popped) = allowance.pop(&mut connection.queue, now) {
             let Some(outgoing) = self.heed(side, popped.verdict, popped.packet) else {
                 continue;
             };
@@ -158,6 +151,7 @@ impl World<'_> {
             self.ledger.seal(id, outgoing.bytes());
             self.ends[side].pool.release(&outgoing);
         }
+        let is_held_back = matches!(allowance, Allowance::New(_));
         if is_held_back && !connection.pausing && !connection.queue.is_empty() {
             connection.pausing = true;
             let stream = connection.outbound;
