@@ -11,7 +11,8 @@
 //!   long all the same, somebody else fills that queue, and whoever holds back there gets nothing: then nothing is
 //!   limited for a while.
 //! - **paced**: a path that is full is sent to at the rate at which it delivers, and a little more. Acknowledgements that have
-//!   waited behind what comes the other way arrive all at once, and what they let go would make the next ones wait.
+//!   waited behind what comes the other way arrive all at once, and what they let go would make the next ones wait. Not so
+//!   where somebody else fills the queue: he would take what is held back.
 //!
 //! The rate is measured between samples and not taken from the kernel, which forgets no rate as long as it has nothing to
 //! send (`tcp_rate_gen`), and that is just what these limits make of it.
@@ -49,7 +50,7 @@ pub const FULL_SLACK: Duration = Duration::from_millis(4);
 const PACING_PERCENT: u64 = 105;
 /// And at this share where round trips are not longer than this share of the shortest (per cent) and this time, so that there is
 /// no queue: it may have got faster.
-const UNQUEUED_PACING_PERCENT: u64 = 200;
+const NO_QUEUE_PACING_PERCENT: u64 = 200;
 const NO_QUEUE_PERCENT: u32 = 105;
 const NO_QUEUE_SLACK: Duration = Duration::from_millis(1);
 /// The same share as [`FULL_PERCENT`] where packets are lost. Each of them is under way for a round trip more, and so is what
@@ -70,6 +71,10 @@ const FLAT_WINDOWS: u8 = 2;
 /// Round trips longer than what is under way explains, by this share (per cent) and this time, are somebody else's doing.
 const EXPLAINED_PERCENT: u32 = 125;
 const EXPLAINED_SLACK: Duration = Duration::from_millis(2);
+/// Where they are longer than this share of that (per cent), there can be no doubt, and packets are no longer paced.
+const PLAIN_PERCENT: u32 = 150;
+/// They count where so much (per cent) of what may be under way is, as the next packet may be too long for the rest.
+const NEARLY_ALL_PERCENT: u64 = 75;
 /// They have to be so for so many windows: a queue of our own, or one before a bottleneck that has got slower, is gone then.
 const CROWDED_WINDOWS: u8 = 3;
 /// For how long nothing is limited then.
@@ -83,8 +88,8 @@ const FAST_BYTES_PER_SECOND: u64 = 50_000_000;
 /// than this share of the shortest (per cent) and this time, so that no queue can have been full.
 const LOSSES_MIN: u64 = 3;
 const LOSSY_ONE_OF: u64 = 500;
-const UNQUEUED_PERCENT: u32 = 125;
-const UNQUEUED_SLACK: Duration = Duration::from_millis(6);
+const SHORT_QUEUE_PERCENT: u32 = 125;
+const SHORT_QUEUE_SLACK: Duration = Duration::from_millis(6);
 /// What is counted for that is halved beyond so many segments, so that it is the present that counts.
 const LOSS_MEMORY_SEGMENTS: u64 = 20_000;
 /// For so long after a time-out packets have waited for the path's return, and what is sent again is what an outage has eaten.
@@ -186,19 +191,23 @@ impl SendLimit {
         sample.is_busy |= self
             .full_bytes()
             .is_some_and(|max| sample.held_bytes >= max);
-        let was_held_back = self.is_held_back(now);
+        let was_limited = self
+            .under_way_bytes_max(now)
+            .is_some_and(|max| self.latest.held_bytes >= max / 100 * NEARLY_ALL_PERCENT);
         let before = std::mem::replace(&mut self.latest, sample);
         if sample.timed_out {
             self.stalled_until = now + STALL_MEMORY;
-            // It begins anew, and may be another one then.
-            self.is_full = false;
-            self.flat_windows = 0;
+            // It begins anew, and may be another one then. But where packets are lost all the time, now and then one is that
+            // is sent again, and that takes a time-out.
+            if !self.is_lossy() {
+                self.is_full = false;
+                self.flat_windows = 0;
+            }
         }
         if !self.has_stalled(now) {
             self.count_losses(before);
         }
-        let explained = self.explained_rtt();
-        self.is_crowded &= was_held_back && explained.is_some_and(|rtt| sample.rtt > rtt);
+        self.is_crowded &= was_limited && self.is_longer_than(100);
         let Some((began, from)) = self.from else {
             self.from = Some((now, sample));
             return;
@@ -221,8 +230,8 @@ impl SendLimit {
 
     fn count_losses(&mut self, before: Sample) {
         let latest = &self.latest;
-        let unqueued = latest.rtt_min.saturating_mul(UNQUEUED_PERCENT) / 100 + UNQUEUED_SLACK;
-        if latest.rtt > unqueued {
+        let short = latest.rtt_min.saturating_mul(SHORT_QUEUE_PERCENT) / 100 + SHORT_QUEUE_SLACK;
+        if latest.rtt > short {
             return;
         }
         let sent_again = latest
@@ -307,10 +316,11 @@ impl SendLimit {
     /// How many bytes a second the socket may send; `None` where that is not limited.
     pub fn pacing_rate(&self, now: Instant) -> Option<u64> {
         let is_limited = self.under_way_bytes_max(now).is_some() && self.is_full;
-        let rate = self.rate().filter(|_| is_limited && !self.is_lossy())?;
+        let is_paced = is_limited && !self.is_lossy() && !self.is_longer_than(PLAIN_PERCENT);
+        let rate = self.rate().filter(|_| is_paced)?;
         let Sample { rtt, rtt_min, .. } = self.latest;
         let percent = match rtt <= rtt_min.saturating_mul(NO_QUEUE_PERCENT) / 100 + NO_QUEUE_SLACK {
-            true => UNQUEUED_PACING_PERCENT,
+            true => NO_QUEUE_PACING_PERCENT,
             false => PACING_PERCENT,
         };
         Some(rate.saturating_mul(percent) / 100)
@@ -359,6 +369,12 @@ impl SendLimit {
         let micros = bytes * 1_000_000 / u128::from(self.rate()?);
         let own = Duration::from_micros(saturate(micros));
         Some(own.saturating_mul(EXPLAINED_PERCENT) / 100 + EXPLAINED_SLACK)
+    }
+
+    /// Whether round trips are longer than this share (per cent) of that.
+    fn is_longer_than(&self, percent: u32) -> bool {
+        self.explained_rtt()
+            .is_some_and(|own| self.latest.rtt > own.saturating_mul(percent) / 100)
     }
 
     /// Whether the socket holds all that should be under way: nothing is to be sealed until some of it has arrived.
@@ -635,9 +651,16 @@ mod tests {
             "a queue of our own"
         );
         watched.sample.rtt = RTT * 4;
-        watched.delivers(10, 1000);
+        watched.delivers(10, 10);
+        let paced = watched.limit.pacing_rate(watched.now);
+        assert_eq!(paced, None, "they would get faster");
+        watched.sample.held_bytes = holds(20, 40);
+        watched.delivers(10, 190);
+        watched.sample.held_bytes = holds(10, 40);
+        watched.delivers(10, 800);
         assert_eq!(watched.under_way_bytes_max(), None);
         watched.sample.rtt = RTT;
+        watched.sample.held_bytes = holds(20, 60);
         watched.delivers(20, 10_000);
         assert!(watched.limit.is_held_back(watched.now), "they have gone");
     }
@@ -708,6 +731,13 @@ mod tests {
         watched.sample.retransmitted_segments += 1000;
         watched.delivers(20, 10);
         assert!(watched.limit.is_lossy(), "that is the path's own doing");
+        watched.delivers(20, 1000);
+        watched.sample.timed_out = true;
+        watched.delivers(0, 10);
+        assert!(
+            !watched.limit.is_growing(),
+            "a packet that was sent again is lost"
+        );
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub enum Event {
     },
     /// The sender of a stream may have waited for too long.
     Timeout { stream: usize },
+    /// The sender of a stream has held its next segment back for long enough.
+    Paced { stream: usize },
     /// The socket has taken what it would of a write.
     Written { stream: usize },
     /// A connection that was held back looks again.

@@ -138,6 +138,11 @@ pub struct Stream {
     /// More than this unsent is not taken.
     pub unsent_bytes_max: u64,
     awaits_room: bool,
+    /// Bytes of the path that are sent in a second at most.
+    pub pacing_rate: Option<u64>,
+    /// When the next segment may be sent because of that.
+    paced_until: Instant,
+    is_pacing: bool,
 }
 
 impl Stream {
@@ -172,6 +177,9 @@ impl Stream {
             delivered_bytes: 0,
             unsent_bytes_max: 0,
             awaits_room: false,
+            pacing_rate: None,
+            paced_until: Instant::ZERO,
+            is_pacing: false,
         }
     }
 
@@ -211,7 +219,7 @@ impl Stream {
         taken
     }
 
-    /// Sends what the window allows.
+    /// Sends what the window allows, when pacing does.
     pub fn transmit(
         &mut self,
         now: Instant,
@@ -220,6 +228,10 @@ impl Stream {
         agenda: &mut Agenda,
     ) {
         while self.in_flight == 0 || (self.in_flight + SEGMENT_BYTES) as f64 <= self.window {
+            if now < self.paced_until {
+                self.wait_for_pace(agenda);
+                break;
+            }
             let Some(number) = self.next_segment(now) else {
                 break;
             };
@@ -233,6 +245,10 @@ impl Stream {
             }
             self.outstanding
                 .push_back((self.transmissions, number, bytes));
+            if let Some(rate) = self.pacing_rate {
+                let bytes = (bytes + SEGMENT_HEADERS_BYTES) as f64;
+                self.paced_until = now + Duration::from_secs_f64(bytes / rate as f64);
+            }
             let arrives = path.carry(now, bytes + SEGMENT_HEADERS_BYTES, dice);
             if let Some(at) = arrives.filter(|_| !self.is_dead) {
                 let event = Event::Arrive {
@@ -252,6 +268,18 @@ impl Stream {
             self.awaits_room = false;
             agenda.at(now, Event::Written { stream: self.name });
         }
+    }
+
+    fn wait_for_pace(&mut self, agenda: &mut Agenda) {
+        if !self.is_pacing {
+            self.is_pacing = true;
+            agenda.at(self.paced_until, Event::Paced { stream: self.name });
+        }
+    }
+
+    /// The next segment may be sent.
+    pub fn end_pace(&mut self) {
+        self.is_pacing = false;
     }
 
     /// One that was lost, or a new one.

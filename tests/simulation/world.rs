@@ -194,6 +194,10 @@ impl<'t> World<'t> {
                 self.streams[stream].time_out(self.now, &mut self.agenda);
                 self.transmit(stream);
             }
+            Event::Paced { stream } => {
+                self.streams[stream].end_pace();
+                self.transmit(stream);
+            }
             Event::Written { stream } => self.on_written(stream),
             Event::Paused { stream } => {
                 if let Some((side, ordinal)) = self.sender_of(stream) {

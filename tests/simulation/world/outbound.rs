@@ -180,14 +180,16 @@ impl World<'_> {
             connection.unsent_bytes_max = wanted;
             stream.unsent_bytes_max = wanted;
         }
+        stream.pacing_rate = connection.limit.pacing_rate(now);
         let limit = &connection.limit;
         self.trace.note(now, || {
             format!(
-                "stream {}: {sample:?} gives rate {:?}, ahead {}, under way {:?}",
+                "stream {}: {sample:?} gives rate {:?}, ahead {}, under way {:?}, paced {:?}",
                 connection.outbound,
                 limit.rate(),
                 limit.ahead_bytes_max(),
-                limit.under_way_bytes_max(now)
+                limit.under_way_bytes_max(now),
+                limit.pacing_rate(now)
             )
         });
     }
