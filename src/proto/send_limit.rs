@@ -72,9 +72,7 @@ const FLAT_WINDOWS: u8 = 2;
 const EXPLAINED_PERCENT: u32 = 125;
 const EXPLAINED_SLACK: Duration = Duration::from_millis(2);
 /// Where they are longer than this share of that (per cent), there can be no doubt, and packets are no longer paced.
-const PLAIN_PERCENT: u32 = 150;
-/// They count where so much (per cent) of what may be under way is, as the next packet may be too long for the rest.
-const NEARLY_ALL_PERCENT: u64 = 75;
+const PLAIN_PERCENT: u32 = 125;
 /// They have to be so for so many windows: a queue of our own, or one before a bottleneck that has got slower, is gone then.
 const CROWDED_WINDOWS: u8 = 3;
 /// For how long nothing is limited then.
@@ -191,9 +189,7 @@ impl SendLimit {
         sample.is_busy |= self
             .full_bytes()
             .is_some_and(|max| sample.held_bytes >= max);
-        let was_limited = self
-            .under_way_bytes_max(now)
-            .is_some_and(|max| self.latest.held_bytes >= max / 100 * NEARLY_ALL_PERCENT);
+        let was_held_back = self.is_held_back(now);
         let before = std::mem::replace(&mut self.latest, sample);
         if sample.timed_out {
             self.stalled_until = now + STALL_MEMORY;
@@ -207,7 +203,7 @@ impl SendLimit {
         if !self.has_stalled(now) {
             self.count_losses(before);
         }
-        self.is_crowded &= was_limited && self.is_longer_than(100);
+        self.is_crowded &= was_held_back && self.is_longer_than(100);
         let Some((began, from)) = self.from else {
             self.from = Some((now, sample));
             return;
@@ -654,13 +650,9 @@ mod tests {
         watched.delivers(10, 10);
         let paced = watched.limit.pacing_rate(watched.now);
         assert_eq!(paced, None, "they would get faster");
-        watched.sample.held_bytes = holds(20, 40);
-        watched.delivers(10, 190);
-        watched.sample.held_bytes = holds(10, 40);
-        watched.delivers(10, 800);
+        watched.delivers(10, 1000);
         assert_eq!(watched.under_way_bytes_max(), None);
         watched.sample.rtt = RTT;
-        watched.sample.held_bytes = holds(20, 60);
         watched.delivers(20, 10_000);
         assert!(watched.limit.is_held_back(watched.now), "they have gone");
     }
