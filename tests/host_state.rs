@@ -75,7 +75,7 @@ fn snapshot() -> String {
         "ip -d link; ip -d address show scope global | sed /valid_lft/d
          ip route show table all | sed 's/ expires [0-9]*sec//' | sort
          ip -6 route show table all | sed 's/ expires [0-9]*sec//' | sort
-         ip rule; ip -6 rule; nft list ruleset; cat /etc/resolv.conf; ls -la /etc/resolv.conf
+         ip rule; ip -6 rule; nft list ruleset; cat /etc/resolv.conf; stat -c '%A %U %G %s %N' /etc/resolv.conf
          ls -A /run | sed s/^/run:/
          cd /proc/sys/net; grep -rs . ipv4/conf ipv6/conf ipv4/ip_forward | sort",
     )
