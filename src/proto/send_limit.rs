@@ -299,10 +299,7 @@ impl SendLimit {
     /// What may be sealed now, so that no more comes to be under way than may be.
     pub fn allowance(&self, now: Instant) -> Allowance {
         let ahead = self.ahead_bytes_max();
-        let room = self
-            .under_way_bytes_max(now)
-            .map(|max| max.saturating_sub(self.latest.held_bytes));
-        match room {
+        match self.room(now) {
             Some(0) => Allowance::New(ahead),
             Some(room) => Allowance::Any(ahead.min(room)),
             None => Allowance::Any(ahead),
@@ -375,8 +372,13 @@ impl SendLimit {
 
     /// Whether the socket holds all that should be under way: nothing is to be sealed until some of it has arrived.
     pub fn is_held_back(&self, now: Instant) -> bool {
-        self.under_way_bytes_max(now)
-            .is_some_and(|max| self.latest.held_bytes >= max)
+        self.room(now) == Some(0)
+    }
+
+    /// How many bytes more may be under way; `None` where that is not limited.
+    fn room(&self, now: Instant) -> Option<u64> {
+        let max = self.under_way_bytes_max(now)?;
+        Some(max.saturating_sub(self.latest.held_bytes))
     }
 
     /// Whether the path is so short that what is under way does not matter.
