@@ -45,7 +45,7 @@ const QUEUED_RTT_MAX: Duration = Duration::from_millis(50);
 /// what it delivers in a time that covers the worker's own pauses.
 pub const FULL_PERCENT: u32 = 105;
 /// That time.
-pub const FULL_SLACK: Duration = Duration::from_millis(4);
+pub const FULL_SLACK: Duration = Duration::from_millis(3);
 /// Such a path is sent to at this share (per cent) of the rate at which it delivers.
 const PACING_PERCENT: u64 = 105;
 /// And at this share where round trips are not longer than this share of the shortest (per cent) and this time, so that there is
@@ -71,8 +71,14 @@ const FLAT_WINDOWS: u8 = 2;
 /// Round trips longer than what is under way explains, by this share (per cent) and this time, are somebody else's doing.
 const EXPLAINED_PERCENT: u32 = 125;
 const EXPLAINED_SLACK: Duration = Duration::from_millis(2);
+/// The first of these where more than one byte comes from the other end for so many that arrive there: acknowledgements wait
+/// behind them, and that end has a queue as well.
+const EXPLAINED_BOTH_WAYS_PERCENT: u32 = 175;
+const BOTH_WAYS_ONE_OF: u64 = 8;
 /// Where they are longer than this share of that (per cent), there can be no doubt, and packets are no longer paced.
 const PLAIN_PERCENT: u32 = 125;
+/// They count where so much (per cent) is under way of what may be: the next packet may be too long for the rest.
+const NEARLY_ALL_PERCENT: u64 = 75;
 /// They have to be so for so many windows: a queue of our own, or one before a bottleneck that has got slower, is gone then.
 const CROWDED_WINDOWS: u8 = 3;
 /// For how long nothing is limited then.
@@ -112,6 +118,8 @@ pub struct Sample {
     pub segment_bytes: u32,
     /// Bytes that the socket holds, not sent or under way.
     pub held_bytes: u64,
+    /// Bytes that have come from the other end since the connection began.
+    pub received_bytes: u64,
     /// The shortest round trip of late; zero before there was one.
     pub rtt_min: Duration,
     /// The average round trip.
@@ -162,6 +170,8 @@ pub struct SendLimit {
     is_crowded: bool,
     /// Windows like that in a row.
     crowded_windows: u8,
+    /// Whether the other end sends much, too.
+    is_both_ways: bool,
     /// Whether there was more to send than was taken at any time of this window.
     was_busy: bool,
     /// Windows like that in a row in which the rate hardly grew.
@@ -189,7 +199,9 @@ impl SendLimit {
         sample.is_busy |= self
             .full_bytes()
             .is_some_and(|max| sample.held_bytes >= max);
-        let was_held_back = self.is_held_back(now);
+        let was_limited = self
+            .under_way_bytes_max(now)
+            .is_some_and(|max| self.latest.held_bytes >= max / 100 * NEARLY_ALL_PERCENT);
         let before = std::mem::replace(&mut self.latest, sample);
         if sample.timed_out {
             self.stalled_until = now + STALL_MEMORY;
@@ -203,7 +215,7 @@ impl SendLimit {
         if !self.has_stalled(now) {
             self.count_losses(before);
         }
-        self.is_crowded &= was_held_back && self.is_longer_than(100);
+        self.is_crowded &= was_limited && self.is_longer_than(100);
         let Some((began, from)) = self.from else {
             self.from = Some((now, sample));
             return;
@@ -216,8 +228,10 @@ impl SendLimit {
         let segments = sample
             .delivered_segments
             .wrapping_sub(from.delivered_segments);
-        let bytes = u128::from(segments) * u128::from(sample.segment_bytes);
-        let rate = saturate(bytes * 1_000_000 / passed.as_micros());
+        let bytes = u64::from(segments) * u64::from(sample.segment_bytes);
+        let received = sample.received_bytes.saturating_sub(from.received_bytes);
+        self.is_both_ways = received > bytes / BOTH_WAYS_ONE_OF;
+        let rate = saturate(u128::from(bytes) * 1_000_000 / passed.as_micros());
         let was_busy = from.is_busy && sample.is_busy;
         if !sample.rtt_min.is_zero() && (was_busy || rate > self.rate().unwrap_or(0)) {
             self.count_rate(now, rate, was_busy);
@@ -361,7 +375,11 @@ impl SendLimit {
         let bytes = u128::from(self.under_way_bytes()?.max(self.latest.held_bytes));
         let micros = bytes * 1_000_000 / u128::from(self.rate()?);
         let own = Duration::from_micros(saturate(micros));
-        Some(own.saturating_mul(EXPLAINED_PERCENT) / 100 + EXPLAINED_SLACK)
+        let percent = match self.is_both_ways {
+            true => EXPLAINED_BOTH_WAYS_PERCENT,
+            false => EXPLAINED_PERCENT,
+        };
+        Some(own.saturating_mul(percent) / 100 + EXPLAINED_SLACK)
     }
 
     /// Whether round trips are longer than this share (per cent) of that.
@@ -443,6 +461,8 @@ mod tests {
         limit: SendLimit,
         now: Instant,
         sample: Sample,
+        /// What comes the other way meanwhile.
+        received_megabits: u64,
     }
 
     impl Watched {
@@ -457,6 +477,7 @@ mod tests {
                     is_busy: true,
                     ..Sample::default()
                 },
+                received_megabits: 0,
             }
         }
 
@@ -465,6 +486,7 @@ mod tests {
             for _ in 0..milliseconds / 10 {
                 self.now += Duration::from_millis(10);
                 self.sample.delivered_segments += megabits as u32;
+                self.sample.received_bytes += holds(self.received_megabits, 10);
                 self.limit.observe(self.now, self.sample);
             }
             self
@@ -539,11 +561,11 @@ mod tests {
     fn a_full_path_has_little_more_under_way_than_it_holds() {
         let mut watched = Watched::new();
         watched.delivers(20, 100);
-        assert_eq!(watched.under_way_bytes_max(), Some(holds(20, 160 + 4)));
+        assert_eq!(watched.under_way_bytes_max(), Some(holds(20, 160 + 3)));
         watched.delivers(20, 900);
-        assert_eq!(watched.under_way_bytes_max(), Some(holds(20, 42 + 4)));
+        assert_eq!(watched.under_way_bytes_max(), Some(holds(20, 42 + 3)));
         assert!(!watched.limit.is_held_back(watched.now));
-        watched.limit.sent(holds(20, 42 + 4) as usize);
+        watched.limit.sent(holds(20, 42 + 3) as usize);
         assert!(watched.limit.is_held_back(watched.now));
         watched.sample.rtt_min = LOCAL_RTT_MAX;
         assert_eq!(watched.delivers(20, 10).under_way_bytes_max(), None);
@@ -559,7 +581,7 @@ mod tests {
         };
         let ahead = holds(100, 4);
         assert_eq!(allowance_after(0), Allowance::Any(ahead));
-        let nearly_all = holds(100, 42 + 4 - 1);
+        let nearly_all = holds(100, 42 + 3 - 1);
         assert_eq!(allowance_after(nearly_all), Allowance::Any(holds(100, 1)));
         assert_eq!(allowance_after(holds(100, 2)), Allowance::New(ahead));
     }
@@ -619,10 +641,10 @@ mod tests {
     fn a_path_with_a_queue_is_full_though_nothing_waits_for_it() {
         let mut watched = Watched::new();
         watched.sample.is_busy = false;
-        watched.sample.held_bytes = holds(20, 42 + 4 - 1);
+        watched.sample.held_bytes = holds(20, 42 + 3 - 1);
         watched.delivers(20, 2000);
         assert!(watched.limit.is_growing());
-        watched.sample.held_bytes = holds(20, 42 + 4);
+        watched.sample.held_bytes = holds(20, 42 + 3);
         watched.delivers(20, 1000);
         assert!(!watched.limit.is_growing());
     }
@@ -657,6 +679,24 @@ mod tests {
         watched.sample.rtt = RTT;
         watched.delivers(20, 10_000);
         assert!(watched.limit.is_held_back(watched.now), "they have gone");
+    }
+
+    #[rstest]
+    #[case::acknowledgements(2, 70, true)]
+    #[case::bytes(20, 70, false)]
+    #[case::bytes_of_others_as_well(20, 100, true)]
+    fn what_comes_the_other_way_explains_longer_round_trips(
+        #[case] received_megabits: u64,
+        #[case] rtt_milliseconds: u64,
+        #[case] is_crowded: bool,
+    ) {
+        let mut watched = Watched::new();
+        watched.received_megabits = received_megabits;
+        watched.delivers(20, 1000);
+        watched.sample.held_bytes = holds(20, 40);
+        watched.sample.rtt = Duration::from_millis(rtt_milliseconds);
+        watched.delivers(20, 1500);
+        assert_eq!(watched.under_way_bytes_max().is_none(), is_crowded);
     }
 
     #[test]
@@ -700,11 +740,11 @@ mod tests {
         watched.sample.retransmitted_segments += 30;
         watched.delivers(100, 10);
         assert!(!watched.limit.is_lossy(), "30 of 20,000");
-        assert_eq!(watched.under_way_bytes_max(), Some(holds(100, 42 + 4)));
+        assert_eq!(watched.under_way_bytes_max(), Some(holds(100, 42 + 3)));
         watched.sample.retransmitted_segments += 30;
         watched.delivers(100, 10);
         assert!(watched.limit.is_lossy());
-        assert_eq!(watched.under_way_bytes_max(), Some(holds(100, 100 + 4)));
+        assert_eq!(watched.under_way_bytes_max(), Some(holds(100, 100 + 3)));
     }
 
     #[test]
@@ -767,6 +807,7 @@ mod tests {
                     retransmitted_segments: segments[1],
                     segment_bytes: segments[2],
                     held_bytes: values[0],
+                    received_bytes: values[1],
                     rtt_min: Duration::from_nanos(values[1]),
                     rtt: Duration::from_nanos(values[2]),
                     is_busy,

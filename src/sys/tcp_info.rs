@@ -21,6 +21,7 @@ const RETRANS: usize = 36;
 const RTT: usize = 68;
 const SND_CWND: usize = 80;
 const TOTAL_RETRANS: usize = 100;
+const BYTES_RECEIVED: usize = 128;
 const NOTSENT_BYTES: usize = 144;
 const MIN_RTT: usize = 148;
 const DELIVERY_RATE: usize = 160;
@@ -94,6 +95,7 @@ pub fn sample(socket: BorrowedFd<'_>, is_busy: bool) -> io::Result<Sample> {
         retransmitted_segments: u32_at(&bytes, TOTAL_RETRANS),
         segment_bytes,
         held_bytes: in_flight_bytes + u64::from(u32_at(&bytes, NOTSENT_BYTES)),
+        received_bytes: u64_at(&bytes, BYTES_RECEIVED),
         rtt_min: micros(shortest),
         rtt: micros(u32_at(&bytes, RTT)),
         is_busy,
@@ -175,6 +177,7 @@ mod tests {
         );
         // One for each write, and the handshake.
         assert_eq!(sample.delivered_segments, 11);
+        assert_eq!(sample.received_bytes, 10);
         assert_eq!(
             (info.unacked_segments, info.notsent_bytes),
             (0, 0),

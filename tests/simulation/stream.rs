@@ -184,13 +184,14 @@ impl Stream {
     }
 
     /// What a kernel would say of it: it counts segments, short ones like full ones.
-    pub fn sample(&self, is_busy: bool) -> Sample {
+    pub fn sample(&self, is_busy: bool, received_bytes: u64) -> Sample {
         let in_flight = self.outstanding.len() as u64 * SEGMENT_BYTES;
         Sample {
             delivered_segments: self.delivered_segments,
             retransmitted_segments: self.retransmitted_segments,
             segment_bytes: SEGMENT_BYTES as u32,
             held_bytes: in_flight + self.unsent_bytes(),
+            received_bytes,
             rtt_min: self.rtt_min,
             rtt: self.rtt,
             is_busy,

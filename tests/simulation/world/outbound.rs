@@ -172,8 +172,9 @@ impl World<'_> {
             return;
         }
         connection.looked_at = now;
+        let received_bytes = self.streams[connection.inbound].delivered_bytes;
         let stream = &mut self.streams[connection.outbound];
-        let sample = stream.sample(is_busy);
+        let sample = stream.sample(is_busy, received_bytes);
         connection.limit.observe(now, sample);
         let wanted = connection.limit.ahead_bytes_max().min(UNSENT_BYTES_MAX);
         if wanted.abs_diff(connection.unsent_bytes_max) > connection.unsent_bytes_max / 4 {
