@@ -163,9 +163,12 @@ counters! {
     dropped_unknown_context,
 }
 
-/// Packet memory that one worker has handed out. Told at every tick of the worker's housekeeping, not at every turn.
+/// One worker's packet memory: whether it is registered, and what of it is handed out. The latter is told at every tick of the
+/// worker's housekeeping, not at every turn.
 #[derive(Debug, Default)]
-pub struct BuffersInUse {
+pub struct PacketMemory {
+    /// 1 when it is registered with the ring; until then, and where RLIMIT_MEMLOCK does not allow it, reads and writes are plain.
+    pub registered: Gauge,
     /// Buffers for ciphertext.
     pub chunks: Gauge,
     /// Buffers for packets and plaintext.

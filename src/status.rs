@@ -145,7 +145,7 @@ pub struct WorkerIo {
     pub buffer_bytes_wanted: u64,
     /// Packet memory that it has; less than wanted where RLIMIT_MEMLOCK allowed no more to be registered.
     pub buffer_bytes: u64,
-    /// Whether that is registered with the ring.
+    /// Whether that is registered with the ring, which it is a moment after the start.
     pub buffers_registered: bool,
 }
 

@@ -37,6 +37,8 @@ const SOME_BYTES: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
 /// From one look at a condition to the next.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// How long packet memory may take to be registered, where it may be.
+const REGISTERING_TIME: Duration = Duration::from_secs(2);
 /// The interface of both sides, and its MTU.
 const INTERFACE: &str = "ringtun0";
 const MTU_BYTES: u64 = 1500;
@@ -305,19 +307,28 @@ impl Smoke<'_> {
 
     /// What a side says of itself: whether its packet path is the one that was asked for.
     fn status(&self, form: &Form, host: &Host, process: &Process) -> Result<String, Failure> {
-        let status = host.exec(self.ringtun, ["status", "--json"])?;
-        let status: serde_json::Value = serde_json::from_str(&status)
-            .map_err(|error| Failure::Wrong(format!("{error}: {status}")))?;
+        let ask = || {
+            let status = host.exec(self.ringtun, ["status", "--json"])?;
+            serde_json::from_str(&status)
+                .map_err(|error| Failure::Wrong(format!("{error}: {status}")))
+        };
+        let is_registered = |status: &serde_json::Value| {
+            let is_registered =
+                |worker: &serde_json::Value| worker["io"]["buffers_registered"] == true;
+            let workers = status["workers"].as_array();
+            workers.is_some_and(|workers| workers.iter().all(is_registered))
+        };
+        let mut status: serde_json::Value = ask()?;
+        let deadline = Instant::now() + REGISTERING_TIME;
+        while !is_registered(&status) && Instant::now() < deadline {
+            std::thread::sleep(POLL_INTERVAL);
+            status = ask()?;
+        }
         Failure::unless(status["keeper_pid"].as_i64().is_some(), || {
             format!("no keeper_pid: {status}")
         })?;
         let offloads = texts(&status["tun_offloads"], "");
         let rings = texts(&status["workers"], "/io/ring");
-        let registered = status["workers"].as_array().is_some_and(|workers| {
-            let registered =
-                |worker: &serde_json::Value| worker["io"]["buffers_registered"] == true;
-            workers.iter().all(registered)
-        });
         Failure::unless(rings.len() == workers(process) && !rings.is_empty(), || {
             format!(
                 "it has {} workers, and tells of {rings:?}",
@@ -340,7 +351,7 @@ impl Smoke<'_> {
         Ok(format!(
             "rings {}, buffers {}registered, offloads: {}",
             rings.join(" "),
-            if registered { "" } else { "not " },
+            if is_registered(&status) { "" } else { "not " },
             if offloads.is_empty() {
                 "none".to_owned()
             } else {

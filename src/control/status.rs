@@ -18,6 +18,7 @@ use crate::config::IoMode;
 use crate::keeper::request::Origin;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::Member;
+use crate::stats::PacketMemory;
 use crate::status::query::{ANSWER_TIME, REQUEST};
 use crate::status::{self, Connection, FORMAT, Report, Role, Worker, WorkerIo};
 use crate::sys::tcp_info::tcp_info;
@@ -167,7 +168,7 @@ impl Subject {
     /// A report without the role's own part and without sessions.
     pub fn report(&self, workers: &Workers) -> Report {
         let infos = workers.infos().zip(workers.counters());
-        let infos = infos.zip(workers.buffers());
+        let infos = infos.zip(workers.memory());
         Report {
             format: FORMAT,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -183,13 +184,13 @@ impl Subject {
             server: None,
             client: None,
             workers: infos
-                .map(|((info, counters), buffers)| Worker {
-                    io: worker_io(info),
+                .map(|((info, counters), memory)| Worker {
+                    io: worker_io(info, memory),
                     buffers_in_use: status::BuffersInUse {
-                        chunks: buffers.chunks.get(),
-                        packets: buffers.packets.get(),
-                        medium_packets: buffers.medium_packets.get(),
-                        small_packets: buffers.small_packets.get(),
+                        chunks: memory.chunks.get(),
+                        packets: memory.packets.get(),
+                        medium_packets: memory.medium_packets.get(),
+                        small_packets: memory.small_packets.get(),
                     },
                     counters: counters.read(),
                 })
@@ -199,7 +200,7 @@ impl Subject {
     }
 }
 
-fn worker_io(info: WorkerInfo) -> WorkerIo {
+fn worker_io(info: WorkerInfo, memory: &PacketMemory) -> WorkerIo {
     WorkerIo {
         ring: match info.set_up {
             SetUp::Deferred => "deferred",
@@ -210,7 +211,7 @@ fn worker_io(info: WorkerInfo) -> WorkerIo {
         tun_nowait: info.tun_nowait,
         buffer_bytes_wanted: info.buffer_bytes_wanted as u64,
         buffer_bytes: info.buffer_bytes as u64,
-        buffers_registered: info.buffers_registered,
+        buffers_registered: memory.registered.get() == 1,
     }
 }
 

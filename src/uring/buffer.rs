@@ -76,11 +76,49 @@ impl Region {
             return Err(io::Error::last_os_error());
         }
         let base: NonNull<u8> = NonNull::new(base.cast()).ok_or_else(io::Error::last_os_error)?;
-        if bytes >= HUGE_PAGE_BYTES {
-            // SAFETY: the range is the mapping made above. Only advice: a refusal is harmless.
-            unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
-        }
         Ok(Self { base, bytes })
+    }
+}
+
+/// Addresses of a pool whose pages need not be there yet.
+#[derive(Debug)]
+pub struct Extent {
+    start: usize,
+    bytes: usize,
+}
+
+impl Extent {
+    /// Asks for huge pages where there are none yet.
+    pub fn prefer_huge_pages(&self) {
+        if self.bytes >= HUGE_PAGE_BYTES {
+            // Only advice: a refusal is harmless.
+            let _ = self.advise(0, self.bytes, libc::MADV_HUGEPAGE);
+        }
+    }
+
+    /// Has the kernel find all pages, huge ones where it can, while others use the memory. In steps, since whoever wants to map
+    /// anything waits meanwhile (`mmap_lock`).
+    ///
+    /// # Errors
+    /// There is no memory, or Linux is older than 5.14 (MADV_POPULATE_WRITE).
+    pub fn populate(&self) -> io::Result<()> {
+        self.prefer_huge_pages();
+        for offset in (0..self.bytes).step_by(HUGE_PAGE_BYTES) {
+            let bytes = HUGE_PAGE_BYTES.min(self.bytes - offset);
+            // Of small pages that are in use already one huge one is made (Linux 6.1), if there are any and nothing holds them.
+            let _ = self.advise(offset, bytes, libc::MADV_COLLAPSE);
+            self.advise(offset, bytes, libc::MADV_POPULATE_WRITE)?;
+        }
+        Ok(())
+    }
+
+    fn advise(&self, offset: usize, bytes: usize, advice: libc::c_int) -> io::Result<()> {
+        let start = (self.start + offset) as *mut libc::c_void;
+        // SAFETY: neither advice changes what any memory holds, whosever it is.
+        match unsafe { libc::madvise(start, bytes, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 }
 
@@ -312,6 +350,23 @@ impl Pool {
         (self.region.base.as_ptr(), self.region.bytes)
     }
 
+    /// The whole.
+    pub fn extent(&self) -> Extent {
+        Extent {
+            start: self.region.base.as_ptr() as usize,
+            bytes: self.region.bytes,
+        }
+    }
+
+    /// Whether [`Extent::populate`] works here.
+    pub fn can_populate(&self) -> bool {
+        let first = Extent {
+            bytes: PAGE_BYTES,
+            ..self.extent()
+        };
+        first.populate().is_ok()
+    }
+
     /// Bytes of the whole.
     pub fn bytes(&self) -> usize {
         self.region.bytes
@@ -422,6 +477,32 @@ mod tests {
         assert_eq!(pool.free(Class::Packet), free - 1);
         pool.release_piece(piece);
         assert_eq!(pool.free(Class::Packet), free);
+        pool.unmap();
+    }
+
+    /// How many of its pages are there (`mincore`).
+    fn resident_pages(extent: &Extent) -> usize {
+        let mut pages = vec![0_u8; extent.bytes.div_ceil(PAGE_BYTES)];
+        let start = extent.start as *mut libc::c_void;
+        // SAFETY: the vector has a byte for each page, and the kernel only tells.
+        let result = unsafe { libc::mincore(start, extent.bytes, pages.as_mut_ptr()) };
+        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+        pages.iter().filter(|page| **page & 1 == 1).count()
+    }
+
+    #[test]
+    fn populating_brings_all_pages_and_changes_none() {
+        let bytes = 2 * BUDGET_BYTES_MIN + PAGE_BYTES;
+        let mut pool = Pool::new(bytes).unwrap();
+        let extent = pool.extent();
+        let all = bytes / PAGE_BYTES;
+        assert!(resident_pages(&extent) < all);
+        let mut buffer = pool.take(Class::Packet).unwrap();
+        buffer.append(b"packet");
+        extent.populate().unwrap();
+        assert_eq!(resident_pages(&extent), all);
+        assert_eq!(buffer.bytes(), b"packet");
+        pool.release(buffer);
         pool.unmap();
     }
 

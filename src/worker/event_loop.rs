@@ -7,7 +7,8 @@ use super::latch::Share;
 use super::path::Path;
 use super::staging::Staging;
 use super::{
-    CloseCause, Command, Event, Handoff, Inlet, STOP_GRACE, WorkerError, WorkerInfo, WorkerSetup,
+    CloseCause, Command, Event, Handoff, Inlet, STOP_GRACE, Started, WorkerError, WorkerInfo,
+    WorkerSetup, memory,
 };
 use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::deframer::Deframer;
@@ -16,8 +17,8 @@ use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::proto::sparse_flows::SparseFlows;
 use crate::proto::timer::Instant;
-use crate::stats::{BuffersInUse, ConnectionStats, WorkerCounters};
-use crate::uring::buffer::{BUDGET_BYTES_MIN, Buffer, Class, InFlight, Piece, Pool};
+use crate::stats::{ConnectionStats, PacketMemory, WorkerCounters};
+use crate::uring::buffer::{Buffer, Class, Extent, InFlight, Piece, Pool};
 use crate::uring::ring::{Completion, FileSlot, Ring, WhenDry};
 use crate::uring::token::{Operation, Token};
 use nix::errno::Errno;
@@ -101,8 +102,9 @@ pub(super) struct Worker {
     epoch: std::time::Instant,
     events: tokio::sync::mpsc::UnboundedSender<Event>,
     buffer_bytes_wanted: usize,
-    buffers_registered: bool,
-    buffers_in_use: Arc<BuffersInUse>,
+    /// Packet memory that is to be registered when its pages are there.
+    unregistered: Option<Extent>,
+    shown_memory: Arc<PacketMemory>,
     stopping: Option<Instant>,
 }
 
@@ -119,10 +121,8 @@ impl Worker {
             .map_or(1024, |(soft, _)| soft)
             .min(FILES_MAX);
         let mut ring = Ring::start(setup.ring, files as u32)?;
-        let (pool, buffers_registered) =
-            packet_memory(&mut ring, setup.buffer_bytes, setup.lockable_bytes, || {
-                mapped.wait()
-            })?;
+        let memory =
+            memory::packet_memory(&mut ring, setup.buffer_bytes, setup.lockable_bytes, mapped)?;
         ring.register_file(BELL, inlets[index].bell.heard.as_fd())
             .map_err(WorkerError::File)?;
         ring.register_file(TUN, setup.tun.as_fd())
@@ -135,7 +135,7 @@ impl Worker {
         Ok(Self {
             index,
             ring,
-            pool,
+            pool: memory.pool,
             tun: TunQueue {
                 _fd: setup.tun,
                 offloads: setup.tun_offloads,
@@ -162,24 +162,25 @@ impl Worker {
             epoch: std::time::Instant::now(),
             events,
             buffer_bytes_wanted: setup.buffer_bytes,
-            buffers_registered,
-            buffers_in_use: Arc::default(),
+            unregistered: memory.unregistered,
+            shown_memory: memory.shown,
             stopping: None,
         })
     }
 
-    pub(super) fn buffers(&self) -> Arc<BuffersInUse> {
-        Arc::clone(&self.buffers_in_use)
-    }
-
-    pub(super) fn info(&self) -> WorkerInfo {
-        WorkerInfo {
+    /// What control is to know. Packet memory that is not registered is only told of once.
+    pub(super) fn started(&mut self) -> Started {
+        let info = WorkerInfo {
             epoch: self.epoch,
             set_up: self.ring.set_up(),
             tun_nowait: self.tun.nowait,
             buffer_bytes_wanted: self.buffer_bytes_wanted,
             buffer_bytes: self.pool.bytes(),
-            buffers_registered: self.buffers_registered,
+        };
+        Started {
+            info,
+            memory: Arc::clone(&self.shown_memory),
+            unregistered: self.unregistered.take(),
         }
     }
 
@@ -354,8 +355,17 @@ impl Worker {
                         self.close(slot, CloseCause::Asked, reason);
                     }
                 }
+                Command::Register => self.register_memory(),
                 Command::Stop(reason) => self.stop(reason),
             }
+        }
+    }
+
+    /// Without this the worker goes on with plain reads and writes.
+    fn register_memory(&mut self) {
+        match self.ring.register_pool(&self.pool) {
+            Ok(is_registered) => self.shown_memory.registered.set(u64::from(is_registered)),
+            Err(error) => tracing::warn!("packet memory cannot be registered: {error}"),
         }
     }
 
@@ -531,7 +541,7 @@ impl Worker {
 
     fn show_buffers(&self) {
         let in_use = |class| (self.pool.slots(class) - self.pool.free(class)) as u64;
-        let shown = &*self.buffers_in_use;
+        let shown = &*self.shown_memory;
         shown.chunks.set(in_use(Class::Chunk));
         shown.packets.set(in_use(Class::Packet));
         shown.medium_packets.set(in_use(Class::Medium));
@@ -621,35 +631,6 @@ impl Worker {
         self.stopping.is_some_and(|deadline| {
             self.now >= deadline || self.connections.iter().all(Option::is_none)
         })
-    }
-}
-
-/// Maps and registers `bytes` of packet memory, or `lockable_bytes` where that is less. RLIMIT_MEMLOCK may not allow so
-/// much: it is halved down to [`BUDGET_BYTES_MIN`]. At last all `bytes` are used without registration, which nothing limits.
-/// `on_mapped` is called once before any of it is registered: registering faults all pages in, and whoever wants to map
-/// anything meanwhile waits (`mmap_lock`), and with him whoever wants to register.
-pub(super) fn packet_memory(
-    ring: &mut Ring,
-    bytes: usize,
-    lockable_bytes: usize,
-    on_mapped: impl FnOnce(),
-) -> Result<(Pool, bool), WorkerError> {
-    let mut on_mapped = Some(on_mapped);
-    let failed = |bytes| move |source| WorkerError::Memory { bytes, source };
-    let mut budget = bytes.min(lockable_bytes).max(BUDGET_BYTES_MIN);
-    loop {
-        let pool = Pool::new(budget).map_err(failed(budget))?;
-        if let Some(on_mapped) = on_mapped.take() {
-            on_mapped();
-        }
-        if ring.register_pool(&pool).map_err(failed(budget))? {
-            return Ok((pool, true));
-        }
-        pool.unmap();
-        if budget == BUDGET_BYTES_MIN {
-            return Ok((Pool::new(bytes).map_err(failed(bytes))?, false));
-        }
-        budget = (budget / 2).max(BUDGET_BYTES_MIN);
     }
 }
 

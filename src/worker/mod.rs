@@ -20,6 +20,7 @@ mod event_loop;
 mod handover;
 mod inbound;
 mod latch;
+mod memory;
 mod outbound;
 mod path;
 mod sealing;
@@ -31,8 +32,9 @@ use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::http::OffloadHeader;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
-use crate::stats::{BuffersInUse, ConnectionStats, WorkerCounters};
+use crate::stats::{ConnectionStats, PacketMemory, WorkerCounters};
 use crate::tls::handshake::{Agreed, Established};
+use crate::uring::buffer::Extent;
 use crate::uring::probe::{RingError, SetUp};
 use crate::uring::ring::{Bell, PreparedRing, Ring};
 #[cfg(doc)]
@@ -194,6 +196,8 @@ pub(crate) enum Command {
     Routes(Arc<RouteTable>),
     Send(ConnectionRef, Vec<u8>),
     Close(ConnectionRef, Option<CloseReason>),
+    /// All pages of the packet memory are there.
+    Register,
     Stop(Option<CloseReason>),
 }
 
@@ -204,13 +208,22 @@ pub(crate) struct Inlet {
     pub(crate) mailbox: Mailbox,
 }
 
+impl Inlet {
+    fn tell(&self, command: Command) {
+        self.commands.push(command);
+        if let Err(error) = self.bell.ring() {
+            tracing::error!("cannot wake a worker: {error}");
+        }
+    }
+}
+
 /// One worker, seen from control.
 struct Handle {
     inlet: Arc<Inlet>,
     thread: JoinHandle<()>,
     slots: Slab<Place>,
     counters: Arc<WorkerCounters>,
-    buffers: Arc<BuffersInUse>,
+    memory: Arc<PacketMemory>,
     info: WorkerInfo,
 }
 
@@ -250,8 +263,6 @@ pub struct WorkerInfo {
     pub buffer_bytes_wanted: usize,
     /// Bytes of packet memory that it has; less than wanted where RLIMIT_MEMLOCK allowed no more to be registered.
     pub buffer_bytes: usize,
-    /// Whether they are registered with the ring; else RLIMIT_MEMLOCK did not allow it, and reads and writes are plain.
-    pub buffers_registered: bool,
 }
 
 impl WorkerInfo {
@@ -274,14 +285,9 @@ impl fmt::Display for WorkerInfo {
         } else {
             "in a chain"
         };
-        let registered = if self.buffers_registered {
-            "registered"
-        } else {
-            "not registered (RLIMIT_MEMLOCK)"
-        };
         write!(
             f,
-            "io_uring {io}, TUN read {reads}, {} KiB of packet memory, {registered}",
+            "io_uring {io}, TUN read {reads}, {} KiB of packet memory",
             self.buffer_bytes / 1024
         )
     }
@@ -309,7 +315,7 @@ pub fn rehearse(
 ) -> Result<Rehearsal, WorkerError> {
     let mut ring = Ring::start(ring, 1)?;
     let (pool, buffers_registered) =
-        event_loop::packet_memory(&mut ring, buffer_bytes, lockable_bytes, || ())?;
+        memory::registered_memory(&mut ring, buffer_bytes, lockable_bytes, || ())?;
     let rehearsal = Rehearsal {
         set_up: ring.set_up(),
         buffer_bytes: pool.bytes(),
@@ -360,13 +366,17 @@ impl Workers {
             })
             .collect();
         let mut failed = None;
+        let mut unregistered = Vec::new();
         for worker in starting {
             match worker.and_then(Starting::finish) {
-                Ok(handle) => started.workers.push(handle),
+                Ok((handle, extent)) => {
+                    unregistered.extend(extent.map(|extent| (extent, Arc::clone(&handle.inlet))));
+                    started.workers.push(handle);
+                }
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
-        match failed {
+        match failed.or_else(|| memory::populate(unregistered).err()) {
             None => Ok(started),
             Some(error) => {
                 started.stop(None);
@@ -390,9 +400,9 @@ impl Workers {
         self.workers.iter().map(|worker| &*worker.counters)
     }
 
-    /// The packet memory that each has handed out.
-    pub fn buffers(&self) -> impl Iterator<Item = &BuffersInUse> {
-        self.workers.iter().map(|worker| &*worker.buffers)
+    /// The packet memory of each.
+    pub fn memory(&self) -> impl Iterator<Item = &PacketMemory> {
+        self.workers.iter().map(|worker| &*worker.memory)
     }
 
     /// Reserves a place on the worker that has the fewest of the session's `others`, and of such workers on the one that has the
@@ -498,11 +508,7 @@ impl Workers {
     }
 
     fn tell(&self, worker: u16, command: Command) {
-        let inlet = &self.workers[worker as usize].inlet;
-        inlet.commands.push(command);
-        if let Err(error) = inlet.bell.ring() {
-            tracing::error!("cannot wake worker {worker}: {error}");
-        }
+        self.workers[worker as usize].inlet.tell(command);
     }
 }
 
@@ -511,7 +517,15 @@ struct Starting {
     inlet: Arc<Inlet>,
     thread: JoinHandle<()>,
     counters: Arc<WorkerCounters>,
-    report: mpsc::Receiver<Result<(WorkerInfo, Arc<BuffersInUse>), WorkerError>>,
+    report: mpsc::Receiver<Result<Started, WorkerError>>,
+}
+
+/// What it found, and has.
+struct Started {
+    info: WorkerInfo,
+    memory: Arc<PacketMemory>,
+    /// What of that is to be registered later.
+    unregistered: Option<Extent>,
 }
 
 impl Starting {
@@ -540,7 +554,7 @@ impl Starting {
                 );
                 match worker {
                     Ok(mut worker) => {
-                        let _ = sender.send(Ok((worker.info(), worker.buffers())));
+                        let _ = sender.send(Ok(worker.started()));
                         if let Err(error) = worker.run() {
                             let _ = events.send(Event::Fatal {
                                 worker: index,
@@ -562,19 +576,20 @@ impl Starting {
         })
     }
 
-    fn finish(self) -> Result<Handle, WorkerError> {
-        let (info, buffers) = self.report.recv().unwrap_or_else(|_| {
+    fn finish(self) -> Result<(Handle, Option<Extent>), WorkerError> {
+        let started = self.report.recv().unwrap_or_else(|_| {
             Err(WorkerError::Thread(io::Error::other(
                 "the thread ended at once",
             )))
         })?;
-        Ok(Handle {
+        let handle = Handle {
             inlet: self.inlet,
             thread: self.thread,
             slots: Slab::new(),
             counters: self.counters,
-            buffers,
-            info,
-        })
+            memory: started.memory,
+            info: started.info,
+        };
+        Ok((handle, started.unregistered))
     }
 }

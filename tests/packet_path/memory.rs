@@ -185,6 +185,30 @@ fn stalled_readers_stop_nobody_else(
     }
 }
 
+#[test]
+fn packets_pass_before_and_after_memory_is_registered() {
+    let [mut client, mut server] = [(); 2].map(|()| End::new());
+    join(&mut client, &mut server, &Terms::default());
+    let registered = |end: &End| {
+        end.workers()
+            .memory()
+            .map(|memory| memory.registered.get())
+            .sum::<u64>()
+    };
+    let mut sent = 0_u16;
+    let mut pass_one = || {
+        let packet = udp((CLIENT, 5000), (WEB, 53), &sent.to_be_bytes());
+        client.send(0, VirtioNetHdr::PLAIN, &packet);
+        assert_eq!(server.receive(0).1, packet);
+        sent += 1;
+        registered(&client) + registered(&server)
+    };
+    eventually("both register it", || pass_one() == 2);
+    for _ in 0..100 {
+        assert_eq!(pass_one(), 2);
+    }
+}
+
 /// What the test below does in a process of its own, for limits are the process's.
 const LOCKED_CHILD: &str = "RINGTUN_TEST_LOCKED_CHILD";
 
@@ -215,7 +239,11 @@ fn work_without_lockable_memory() {
     let [mut client, mut server] = rings.map(|ring| End::with_rings(ring, BUDGET_BYTES_DEFAULT));
     join(&mut client, &mut server, &Terms::default());
     for end in [&client, &server] {
-        assert!(end.workers().infos().all(|info| !info.buffers_registered));
+        assert!(
+            end.workers()
+                .memory()
+                .all(|memory| memory.registered.get() == 0)
+        );
     }
     for bytes in [0, 1472, 65_000] {
         let packet = udp((CLIENT, 5000), (WEB, 53), &pattern(bytes, bytes));
