@@ -73,7 +73,7 @@ const EXPLAINED_PERCENT: u32 = 125;
 const EXPLAINED_SLACK: Duration = Duration::from_millis(2);
 /// The first of these where more than one byte comes from the other end for so many that arrive there: acknowledgements wait
 /// behind them, and that end has a queue as well.
-const EXPLAINED_BOTH_WAYS_PERCENT: u32 = 175;
+const EXPLAINED_BOTH_WAYS_PERCENT: u32 = 140;
 const BOTH_WAYS_ONE_OF: u64 = 8;
 /// Where they are longer than this share of that (per cent), there can be no doubt, and packets are no longer paced.
 const PLAIN_PERCENT: u32 = 125;
@@ -682,8 +682,8 @@ mod tests {
     }
 
     #[rstest]
-    #[case::acknowledgements(2, 70, true)]
-    #[case::bytes(20, 70, false)]
+    #[case::acknowledgements(2, 62, true)]
+    #[case::bytes(20, 62, false)]
     #[case::bytes_of_others_as_well(20, 100, true)]
     fn what_comes_the_other_way_explains_longer_round_trips(
         #[case] received_megabits: u64,

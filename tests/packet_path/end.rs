@@ -53,11 +53,16 @@ impl End {
     /// As many workers as `queues`, each with `buffer_bytes` of packet memory.
     pub fn with(queues: usize, buffer_bytes: usize) -> Self {
         let rings = (0..queues).map(|_| prepared_ring());
-        Self::with_rings(rings.collect(), buffer_bytes)
+        Self::with_rings(rings.collect(), buffer_bytes, usize::MAX)
     }
 
     /// A worker on each of `rings`, with `buffer_bytes` of packet memory.
-    pub fn with_rings(rings: Vec<PreparedRing>, buffer_bytes: usize) -> Self {
+    /// `lockable_bytes` of it may be registered, as far as is known.
+    pub fn with_rings(
+        rings: Vec<PreparedRing>,
+        buffer_bytes: usize,
+        lockable_bytes: usize,
+    ) -> Self {
         let mut tun = Vec::new();
         let mut setups = Vec::new();
         for ring in rings {
@@ -71,7 +76,7 @@ impl End {
                 tun: far.into(),
                 tun_offloads: Offloads::ALL,
                 buffer_bytes,
-                lockable_bytes: usize::MAX,
+                lockable_bytes,
                 queue_bytes_max: QUEUE_BYTES_MAX,
             });
         }

@@ -235,8 +235,12 @@ fn work_without_lockable_memory() {
     let lock = caps::Capability::CAP_IPC_LOCK;
     caps::drop(None, caps::CapSet::Effective, lock).unwrap();
     let rings = [(); 2].map(|()| vec![prepared_ring()]);
-    setrlimit(Resource::RLIMIT_MEMLOCK, 64 * 1024, 64 * 1024).unwrap();
-    let [mut client, mut server] = rings.map(|ring| End::with_rings(ring, BUDGET_BYTES_DEFAULT));
+    let lockable_bytes = 64 * 1024;
+    setrlimit(Resource::RLIMIT_MEMLOCK, lockable_bytes, lockable_bytes).unwrap();
+    // One is refused later, the other at once.
+    let [of_client, of_server] = rings;
+    let mut client = End::with_rings(of_client, BUDGET_BYTES_DEFAULT, usize::MAX);
+    let mut server = End::with_rings(of_server, BUDGET_BYTES_DEFAULT, lockable_bytes as usize);
     join(&mut client, &mut server, &Terms::default());
     for end in [&client, &server] {
         assert!(
