@@ -58,7 +58,7 @@ const _: () = assert!(RESOLVE_TIME.as_millis() < START_TIME.as_millis());
 
 /// Runs until the keeper says stop, or something final happens.
 ///
-/// Workers take a while to start, most of it for their packet memory, so they do so while the first connection is made.
+/// Workers take a while to start, most of all where they wait for packet memory, so they do so while the first connection is made.
 pub async fn run(
     setup: ClientSetup,
     fds: SetupFds,

@@ -364,7 +364,7 @@ impl Worker {
     /// Without this the worker goes on with plain reads and writes.
     fn register_memory(&mut self) {
         match self.ring.register_pool(&self.pool) {
-            Ok(is_registered) => self.shown_memory.registered.set(u64::from(is_registered)),
+            Ok(is_registered) => memory::show_registered(&self.shown_memory, is_registered),
             Err(error) => tracing::warn!("packet memory cannot be registered: {error}"),
         }
     }

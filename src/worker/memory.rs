@@ -37,12 +37,20 @@ pub(super) fn packet_memory(
         pool.unmap();
     }
     let (pool, is_registered) = registered_memory(ring, bytes, lockable_bytes, || mapped.wait())?;
-    shown.registered.set(u64::from(is_registered));
+    show_registered(&shown, is_registered);
     Ok(Memory {
         pool,
         unregistered: None,
         shown,
     })
+}
+
+/// Tells whether it is registered; the log, too, if it is not.
+pub(super) fn show_registered(shown: &PacketMemory, is_registered: bool) {
+    shown.registered.set(u64::from(is_registered));
+    if !is_registered {
+        tracing::info!("packet memory is not registered with io_uring (RLIMIT_MEMLOCK)");
+    }
 }
 
 /// Populates the memory of each worker, and has the worker register it. Does not wait for that.

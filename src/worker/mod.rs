@@ -356,7 +356,7 @@ impl Workers {
             workers: Vec::new(),
             next_generation: 1,
         };
-        // All at once: most of the time it takes goes into packet memory.
+        // All at once: if they wait for packet memory, that takes most of the time.
         let starting: Vec<_> = latch::Share::of(setups.len())
             .into_iter()
             .zip(setups)
