@@ -77,8 +77,11 @@ const EXPLAINED_BOTH_WAYS_PERCENT: u32 = 140;
 const BOTH_WAYS_ONE_OF: u64 = 8;
 /// Where they are longer than this share of that (per cent), there can be no doubt, and packets are no longer paced.
 const PLAIN_PERCENT: u32 = 125;
-/// They count where so much (per cent) is under way of what may be: the next packet may be too long for the rest.
-const NEARLY_ALL_PERCENT: u64 = 75;
+/// They count while so much (per cent) is under way of what may be.
+const CROWDED_PERCENT: u64 = 100;
+/// The same where bytes come from the other end: the next packet may be too long for the rest, and whoever waits behind a queue that
+/// the other end fills has to know of it.
+const CROWDED_BOTH_WAYS_PERCENT: u64 = 75;
 /// They have to be so for so many windows: a queue of our own, or one before a bottleneck that has got slower, is gone then.
 const CROWDED_WINDOWS: u8 = 3;
 /// For how long nothing is limited then.
@@ -195,13 +198,19 @@ impl SendLimit {
 
     /// Takes in how things stand now.
     pub fn observe(&mut self, now: Instant, mut sample: Sample) {
-        // Whoever has a queue before the bottleneck has nothing else that would be taken.
-        sample.is_busy |= self
+        // Whoever has a queue before the bottleneck has nothing else that would be taken. But not who only sends acknowledgements: what
+        // they are for makes their round trips long.
+        let has_queue = self
             .full_bytes()
             .is_some_and(|max| sample.held_bytes >= max);
+        sample.is_busy |= has_queue && !self.is_both_ways;
+        let crowded_percent = match self.is_both_ways {
+            true => CROWDED_BOTH_WAYS_PERCENT,
+            false => CROWDED_PERCENT,
+        };
         let was_limited = self
             .under_way_bytes_max(now)
-            .is_some_and(|max| self.latest.held_bytes >= max / 100 * NEARLY_ALL_PERCENT);
+            .is_some_and(|max| self.latest.held_bytes >= max / 100 * crowded_percent);
         let before = std::mem::replace(&mut self.latest, sample);
         if sample.timed_out {
             self.stalled_until = now + STALL_MEMORY;
@@ -650,6 +659,20 @@ mod tests {
     }
 
     #[test]
+    fn acknowledgements_behind_a_queue_of_the_other_end_do_not_fill_a_path() {
+        let mut watched = Watched::new();
+        watched.received_megabits = 100;
+        watched.sample.is_busy = false;
+        watched.sample.rtt = RTT * 3 / 2;
+        watched.sample.held_bytes = holds(4, 60);
+        watched.delivers(4, 3000);
+        assert!(watched.limit.is_growing());
+        watched.sample.is_busy = true;
+        watched.delivers(4, 1000);
+        assert!(!watched.limit.is_growing(), "there is more to send");
+    }
+
+    #[test]
     fn a_path_that_has_nothing_to_carry_is_no_slower() {
         let mut watched = Watched::new();
         watched.delivers(50, 1000);
@@ -682,18 +705,20 @@ mod tests {
     }
 
     #[rstest]
-    #[case::acknowledgements(2, 62, true)]
-    #[case::bytes(20, 62, false)]
-    #[case::bytes_of_others_as_well(20, 100, true)]
+    #[case::acknowledgements(2, 45, 62, true)]
+    #[case::acknowledgements_and_room_left(2, 40, 62, false)]
+    #[case::bytes(20, 45, 62, false)]
+    #[case::bytes_of_others_as_well(20, 40, 100, true)]
     fn what_comes_the_other_way_explains_longer_round_trips(
         #[case] received_megabits: u64,
+        #[case] held_milliseconds: u64,
         #[case] rtt_milliseconds: u64,
         #[case] is_crowded: bool,
     ) {
         let mut watched = Watched::new();
         watched.received_megabits = received_megabits;
         watched.delivers(20, 1000);
-        watched.sample.held_bytes = holds(20, 40);
+        watched.sample.held_bytes = holds(20, held_milliseconds);
         watched.sample.rtt = Duration::from_millis(rtt_milliseconds);
         watched.delivers(20, 1500);
         assert_eq!(watched.under_way_bytes_max().is_none(), is_crowded);
