@@ -40,6 +40,11 @@ fn configure(host: &Host, role: &str, text: &str) {
     host.exec("sh", ["-c", &script]).expect("a configuration");
 }
 
+fn status(host: &Host) -> serde_json::Value {
+    let status = host.exec(RINGTUN, ["status", "--json"]).expect("status");
+    serde_json::from_str(&status).expect("JSON")
+}
+
 fn assert_carries(lab: &Lab) {
     let (client, web) = (lab.host("client"), lab.host("web"));
     assert_web_reached(client);
@@ -54,9 +59,14 @@ fn assert_carries(lab: &Lab) {
 }
 
 #[rstest]
-#[case::registered(8 << 20, "2048 KiB of packet memory, registered")]
-#[case::not_registered(64 << 10, "16384 KiB of packet memory, not registered")]
-fn little_memory_may_be_locked(lab: Lab, #[case] bytes: u64, #[case] found: &str) {
+#[case::registered(8 << 20, 2 << 20, true)]
+#[case::not_registered(64 << 10, 16 << 20, false)]
+fn little_memory_may_be_locked(
+    lab: Lab,
+    #[case] bytes: u64,
+    #[case] buffer_bytes: u64,
+    #[case] is_registered: bool,
+) {
     let _alone = alone();
     configure(lab.host("server"), "server", "workers = 2");
     let server = start_limited(lab.host("server"), bytes, &["server"]);
@@ -64,8 +74,23 @@ fn little_memory_may_be_locked(lab: Lab, #[case] bytes: u64, #[case] found: &str
     let invite = invite(&lab, "client");
     let client = start_limited(lab.host("client"), bytes, &["client", &invite]);
     client.wait_for_line(UP, SOON).expect("a client that is up");
-    for process in [&server, &client] {
-        process.wait_for_line(found, SOON).expect("what was chosen");
+    for (process, host) in [(&server, "server"), (&client, "client")] {
+        let size = format!("{} KiB of packet memory", buffer_bytes / 1024);
+        process.wait_for_line(&size, SOON).expect("what was chosen");
+        if !is_registered {
+            let refused = "packet memory is not registered";
+            process
+                .wait_for_line(refused, SOON)
+                .expect("what was refused");
+        }
+        // Both ends are one user's: the last of their workers may have come too late.
+        let status = status(lab.host(host));
+        let mut workers = status["workers"].as_array().expect("a list").iter();
+        let is_as_wanted = |worker: &serde_json::Value| {
+            worker["io"]["buffer_bytes"] == buffer_bytes
+                && worker["io"]["buffers_registered"] == is_registered
+        };
+        assert!(workers.any(is_as_wanted), "{status}");
     }
     assert_carries(&lab);
     for process in [&client, &server] {
@@ -94,11 +119,6 @@ fn without_offload(lab: Lab, #[values("server", "client")] side: &str) {
     configure(lab.host(side), side, "offload = false");
     let _tunnel = Tunnel::start(&lab);
     assert_carries(&lab);
-    let status = lab
-        .host(side)
-        .exec(RINGTUN, ["status", "--json"])
-        .expect("status");
-    let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
-    let offloads = status.to_string();
+    let offloads = status(lab.host(side)).to_string();
     assert!(offloads.contains("\"tun_offloads\":[]"), "{offloads}");
 }
