@@ -5,13 +5,13 @@ mod common;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::status::{list, number, status};
 use common::transfer::{Direction, Transfer};
 use common::{
     SHORT, SOON, Tunnel, assert_web_blocked, assert_web_reached, build, connected_to,
-    inner_addresses, invite, invite_to, lab, start_client, start_server,
+    inner_addresses, invite, invite_to, lab, start_client, start_server, until,
 };
 use ringtun_lab::topology::{SERVER_V4, SERVER_V6, WEB_V4, WEB_V6};
 use ringtun_lab::{Lab, Topology, probe};
@@ -45,7 +45,8 @@ fn what_is_sent_while_the_tunnel_comes_up_is_carried(lab: Lab) {
     let is_up = AtomicBool::new(false);
     let status = thread::scope(|scope| {
         scope.spawn(|| {
-            while !is_up.load(Ordering::Relaxed) {
+            let begin = Instant::now();
+            while !is_up.load(Ordering::Relaxed) && begin.elapsed() < 2 * SOON {
                 // Until the tunnel is up the firewall refuses, and the next call says so.
                 let _ = socket.send_to(b"?", (WEB_V4, UNHEARD_PORT));
                 // Leaves the processor to whoever takes it from the interface.
@@ -53,14 +54,16 @@ fn what_is_sent_while_the_tunnel_comes_up_is_carried(lab: Lab) {
             }
         });
         let _client = start_client(client, &invite);
-        let status = status(client);
+        let status = until("packets read from the TUN device", || {
+            let status = status(client);
+            let read = |worker| number(worker, "/counters/tun_read_packets");
+            let read_packets: u64 = list(&status, "workers").iter().map(read).sum();
+            (read_packets > 0).then_some(status)
+        });
         is_up.store(true, Ordering::Relaxed);
         status
     });
-    let workers = list(&status, "workers");
-    let read = |worker| number(worker, "/counters/tun_read_packets");
-    assert!(workers.iter().map(read).sum::<u64>() > 0, "{status}");
-    for worker in workers {
+    for worker in list(&status, "workers") {
         assert_eq!(
             number(worker, "/counters/dropped_no_route"),
             0,
