@@ -152,7 +152,7 @@ pub struct WorkerIo {
 /// Pooled buffers that are not in the pool, by kind. An idle connection has none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BuffersInUse {
-    /// For ciphertext, 128 to 256 KiB each.
+    /// For ciphertext, 128 to 384 KiB each.
     pub chunks: u64,
     /// For packets and plaintext, 92 KiB each.
     pub packets: u64,

@@ -24,11 +24,11 @@ pub const MEDIUM_SLOT_BYTES: usize = 12 * 1024;
 /// A small packet that has to wait.
 pub const SMALL_SLOT_BYTES: usize = 2048;
 /// The largest chunk of ciphertext that is read or written at once.
-pub const CHUNK_BYTES_MAX: usize = 256 * 1024;
+pub const CHUNK_BYTES_MAX: usize = 384 * 1024;
 /// The smallest; several whole records fit.
 pub const CHUNK_BYTES_MIN: usize = 128 * 1024;
 /// What a worker's memory is unless configured.
-pub const BUDGET_BYTES_DEFAULT: usize = 16 << 20;
+pub const BUDGET_BYTES_DEFAULT: usize = 24 << 20;
 /// Below this a worker cannot work.
 pub const BUDGET_BYTES_MIN: usize = 2 << 20;
 
@@ -311,7 +311,7 @@ impl Pool {
     /// What mmap says.
     pub fn new(budget_bytes: usize) -> io::Result<Self> {
         let budget_bytes = budget_bytes.max(BUDGET_BYTES_MIN);
-        let chunk_bytes = (budget_bytes / 16)
+        let chunk_bytes = (budget_bytes / 64)
             .clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
             .next_multiple_of(PAGE_BYTES);
         let region = Region::map(budget_bytes)?;
