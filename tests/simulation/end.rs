@@ -19,8 +19,6 @@ use ringtun::tls::record::{
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Bytes of a chunk.
-pub const CHUNK_BYTES: usize = 256 * 1024;
 /// How much may be unsent in a socket at most, and at first.
 pub const UNSENT_BYTES_MAX: u64 = 128 * 1024;
 /// How often a connection looks at its path, and how often while it is held back.

@@ -3,14 +3,15 @@
 use super::World;
 use crate::agenda::Event;
 use crate::end::{
-    CHUNK_BYTES, Connection, HELD_BACK_INTERVAL, LARGE, LOOK_INTERVAL, Outgoing, PAUSE, Sealing,
-    Sending, Staging, UNSENT_BYTES_MAX, sealed_bytes_max,
+    Connection, HELD_BACK_INTERVAL, LARGE, LOOK_INTERVAL, Outgoing, PAUSE, Sealing, Sending,
+    Staging, UNSENT_BYTES_MAX, sealed_bytes_max,
 };
 use crate::ledger::Held;
 use ringtun::proto::egress_queue::{Admit, Bounds, Place, Queued, Verdict};
 use ringtun::proto::offload::Offloads;
 use ringtun::proto::route_table::ConnectionRef;
 use ringtun::proto::send_limit::Allowance;
+use ringtun::uring::buffer::CHUNK_BYTES_MAX;
 use std::time::Duration;
 
 /// How long a write takes until the worker knows of it.
@@ -132,7 +133,7 @@ impl World<'_> {
                 self.wait(side, connection, popped.place, outgoing);
                 break;
             }
-            if connection.fill.len() + need > CHUNK_BYTES {
+            if connection.fill.len() + need > CHUNK_BYTES_MAX {
                 seal_staged(connection, &mut staging, offloads);
                 self.send(connection);
                 if !connection.fill.is_empty() {
