@@ -9,6 +9,7 @@ use common::transfer::{Direction, Transfer};
 use common::{
     RINGTUN, SOON, Tunnel, UP, assert_no_panic, assert_web_reached, invite, io_options, lab, stop,
 };
+use ringtun::uring::buffer::BUDGET_BYTES_DEFAULT;
 use ringtun_lab::topology::{WEB_V4, WEB_V6};
 use ringtun_lab::{Host, Lab, Process};
 use rstest::rstest;
@@ -60,7 +61,7 @@ fn assert_carries(lab: &Lab) {
 
 #[rstest]
 #[case::registered(8 << 20, 2 << 20, true)]
-#[case::not_registered(64 << 10, 16 << 20, false)]
+#[case::not_registered(64 << 10, BUDGET_BYTES_DEFAULT as u64, false)]
 fn little_memory_may_be_locked(
     lab: Lab,
     #[case] bytes: u64,

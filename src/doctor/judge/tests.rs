@@ -41,7 +41,7 @@ fn healthy() -> Findings {
             can_change_user: true,
             can_lock_memory: true,
         },
-        rings: Ok(info(SetUp::Deferred, 16 * MIB, true)),
+        rings: Ok(info(SetUp::Deferred, BUDGET_BYTES_DEFAULT, true)),
         survey: Some(Survey::default()),
         open_files_max: 65_536,
         tun: Ok(TunFound {
@@ -149,7 +149,7 @@ const C: Role = Role::Client;
 #[case::ring_denied(|f: &mut Findings| f.rings = Err(RingTrouble::Denied { setting: None }), "io_uring", Level::Broken, &[])]
 #[case::ring_disabled(|f: &mut Findings| f.rings = Err(RingTrouble::Denied { setting: Some("1".into()) }), "io_uring", Level::Broken, &[])]
 #[case::operation_missing(|f: &mut Findings| f.rings = Err(RingTrouble::Other(trouble())), "io_uring", Level::Broken, &[])]
-#[case::old_kernel(|f: &mut Findings| f.rings = Ok(info(SetUp::Plain, 16 * MIB, true)), "io_uring", Level::Degraded, &[S, C])]
+#[case::old_kernel(|f: &mut Findings| f.rings = Ok(info(SetUp::Plain, BUDGET_BYTES_DEFAULT, true)), "io_uring", Level::Degraded, &[S, C])]
 #[case::little_memory(|f: &mut Findings| f.rings = Ok(info(SetUp::Deferred, 4 * MIB, true)), "packet-memory", Level::Degraded, &[S, C])]
 #[case::no_locked_memory(|f: &mut Findings| f.rings = Ok(info(SetUp::Deferred, 2 * MIB, false)), "packet-memory", Level::Degraded, &[S, C])]
 #[case::few_files(|f: &mut Findings| f.open_files_max = 256, "open-files", Level::Degraded, &[S, C])]
