@@ -305,13 +305,13 @@ pub struct Pool {
 impl Pool {
     /// Maps `budget_bytes` and cuts them up. Of the minimum, three eighths each are for chunks and packets and the rest for
     /// small ones; of what is beyond it, a quarter each for chunks and medium packets, three eighths for packets, and the rest
-    /// for small ones.
+    /// for small ones. A chunk has a thirty-second of the whole, within its bounds.
     ///
     /// # Errors
     /// What mmap says.
     pub fn new(budget_bytes: usize) -> io::Result<Self> {
         let budget_bytes = budget_bytes.max(BUDGET_BYTES_MIN);
-        let chunk_bytes = (budget_bytes / 64)
+        let chunk_bytes = (budget_bytes / 32)
             .clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
             .next_multiple_of(PAGE_BYTES);
         let region = Region::map(budget_bytes)?;
