@@ -21,6 +21,10 @@ use super::egress_queue::{EgressQueue, Popped, Queued};
 use super::timer::Instant;
 use std::time::Duration;
 
+/// While a connection sends, it looks at its path this often.
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+/// One that has enough under way looks this often, as only the kernel knows what has arrived.
+const HELD_BACK_INTERVAL: Duration = Duration::from_millis(1);
 /// What may be ahead is what the path delivers in this time: longer than a worker is ever away for, shorter than anybody
 /// hears.
 pub const AHEAD: Duration = Duration::from_millis(4);
@@ -402,6 +406,16 @@ impl SendLimit {
         self.room(now) == Some(0)
     }
 
+    /// How much later than the latest sample the next one is wanted.
+    #[inline]
+    pub fn look_interval(&self, now: Instant) -> Duration {
+        if self.is_held_back(now) {
+            HELD_BACK_INTERVAL
+        } else {
+            LOOK_INTERVAL
+        }
+    }
+
     /// How many bytes more may be under way; `None` where that is not limited.
     fn room(&self, now: Instant) -> Option<u64> {
         let max = self.under_way_bytes_max(now)?;
@@ -574,8 +588,10 @@ mod tests {
         watched.delivers(20, 900);
         assert_eq!(watched.under_way_bytes_max(), Some(holds(20, 42 + 3)));
         assert!(!watched.limit.is_held_back(watched.now));
+        assert_eq!(watched.limit.look_interval(watched.now), LOOK_INTERVAL);
         watched.limit.sent(holds(20, 42 + 3) as usize);
         assert!(watched.limit.is_held_back(watched.now));
+        assert_eq!(watched.limit.look_interval(watched.now), HELD_BACK_INTERVAL);
         watched.sample.rtt_min = LOCAL_RTT_MAX;
         assert_eq!(watched.delivers(20, 10).under_way_bytes_max(), None);
     }

@@ -5,12 +5,6 @@ use crate::proto::send_limit::{Allowance, SendLimit};
 use crate::proto::timer::Instant;
 use crate::sys::{congestion, socket, tcp_info};
 use std::os::fd::BorrowedFd;
-use std::time::Duration;
-
-/// While a connection sends, it looks at its path this often.
-const LOOK_INTERVAL: Duration = Duration::from_millis(10);
-/// One that has enough under way looks this often, as only the kernel knows what has arrived.
-const HELD_BACK_INTERVAL: Duration = Duration::from_millis(1);
 
 /// One connection's path.
 pub(super) struct Path {
@@ -50,12 +44,7 @@ impl Path {
 
     /// Has a look if it is time for one. `is_busy`: there is more to send than is taken.
     pub(super) fn look(&mut self, socket: BorrowedFd<'_>, now: Instant, is_busy: bool) {
-        let interval = if self.is_held_back(now) {
-            HELD_BACK_INTERVAL
-        } else {
-            LOOK_INTERVAL
-        };
-        if now.since(self.looked_at) < interval {
+        if now.since(self.looked_at) < self.limit.look_interval(now) {
             return;
         }
         self.looked_at = now;

@@ -13,19 +13,15 @@ use ringtun::proto::packet;
 use ringtun::proto::route_table::{ConnectionRef, Member, RouteTable, SessionId, SessionRoute};
 use ringtun::proto::send_limit::SendLimit;
 use ringtun::proto::timer::Instant;
+use ringtun::sys::socket::NOTSENT_LOWAT_BYTES;
 use ringtun::tls::record::{
     RECORD_HEADER_BYTES, RECORD_OVERHEAD_BYTES, RECORD_PLAINTEXT_BYTES_MAX,
 };
+use ringtun::uring::buffer::{MEDIUM_SLOT_BYTES, PACKET_SLOT_BYTES, SMALL_SLOT_BYTES};
 use std::collections::VecDeque;
-use std::time::Duration;
 
 /// How much may be unsent in a socket at most, and at first.
-pub const UNSENT_BYTES_MAX: u64 = 128 * 1024;
-/// How often a connection looks at its path, and how often while it is held back.
-pub const LOOK_INTERVAL: Duration = Duration::from_millis(10);
-pub const HELD_BACK_INTERVAL: Duration = Duration::from_millis(1);
-/// How long one that is held back pauses.
-pub const PAUSE: Duration = Duration::from_millis(2);
+pub const UNSENT_BYTES_MAX: u64 = NOTSENT_LOWAT_BYTES as u64;
 /// Slots that reading the TUN queue leaves to others, and a connection's queue.
 const INBOUND_RESERVE_SLOTS: usize = 4;
 const PACKETS_LEFT_MIN: usize = 5;
@@ -39,7 +35,7 @@ const OFFLOAD_CONTEXT: u64 = 2;
 pub const LARGE: usize = 0;
 const MEDIUM: usize = 1;
 const SMALL: usize = 2;
-const SLOT_BYTES: [usize; CLASSES] = [92 * 1024, 12 * 1024, 2048];
+const SLOT_BYTES: [usize; CLASSES] = [PACKET_SLOT_BYTES, MEDIUM_SLOT_BYTES, SMALL_SLOT_BYTES];
 
 /// A packet that waits.
 #[derive(Debug)]

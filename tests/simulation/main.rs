@@ -18,6 +18,7 @@ use ledger::Totals;
 use ringtun::proto::send_limit::{
     AHEAD, AHEAD_BYTES_MIN, FULL_PERCENT, FULL_SLACK, UNDER_WAY_BYTES_MIN,
 };
+use ringtun::uring::ring::PAUSE;
 use scenario::{Promise, Scenario};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -157,7 +158,7 @@ fn check_waits(scenario: &Scenario, report: &Report) {
     let queued = (round_trip * (FULL_PERCENT - 100) / 100 + FULL_SLACK)
         .max(path.time_of(UNDER_WAY_BYTES_MIN).saturating_sub(round_trip));
     let packet = path.time_of(report.longest_packet_bytes);
-    let bound = 2 * ahead + queued + packet + end::PAUSE;
+    let bound = 2 * ahead + queued + packet + PAUSE;
     let mut waits = report.waits.clone();
     waits.sort_unstable();
     let p99 = waits[waits.len() * 99 / 100];

@@ -3,8 +3,7 @@
 use super::World;
 use crate::agenda::Event;
 use crate::end::{
-    Connection, HELD_BACK_INTERVAL, LARGE, LOOK_INTERVAL, Outgoing, PAUSE, Sealing, Sending,
-    Staging, UNSENT_BYTES_MAX, sealed_bytes_max,
+    Connection, LARGE, Outgoing, Sealing, Sending, Staging, UNSENT_BYTES_MAX, sealed_bytes_max,
 };
 use crate::ledger::Held;
 use ringtun::proto::egress_queue::{Admit, Bounds, Place, Queued, Verdict};
@@ -12,6 +11,7 @@ use ringtun::proto::offload::Offloads;
 use ringtun::proto::route_table::ConnectionRef;
 use ringtun::proto::send_limit::Allowance;
 use ringtun::uring::buffer::CHUNK_BYTES_MAX;
+use ringtun::uring::ring::PAUSE;
 use std::time::Duration;
 
 /// How long a write takes until the worker knows of it.
@@ -164,12 +164,7 @@ impl World<'_> {
 
     fn look(&mut self, connection: &mut Connection, is_busy: bool) {
         let now = self.now;
-        let interval = if connection.limit.is_held_back(now) {
-            HELD_BACK_INTERVAL
-        } else {
-            LOOK_INTERVAL
-        };
-        if now.since(connection.looked_at) < interval {
+        if now.since(connection.looked_at) < connection.limit.look_interval(now) {
             return;
         }
         connection.looked_at = now;
