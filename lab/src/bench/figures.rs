@@ -253,7 +253,7 @@ impl Figures {
             self.machine.date.get(..10).unwrap_or_default(),
             self.machine.cores,
             self.machine.cpu,
-            self.machine.kernel,
+            self.machine.kernel_version(),
             self.inner_congestion_control().to_uppercase(),
         );
         text += &line([String::new()].into_iter().chain(titles).collect());

@@ -70,6 +70,12 @@ impl Machine {
         }
     }
 
+    /// The kernel's version without what whoever built it has appended.
+    #[must_use]
+    pub fn kernel_version(&self) -> &str {
+        self.kernel.split('-').next().unwrap_or_default()
+    }
+
     /// Watches for half a second what others do on the machine.
     pub fn watch(&mut self) {
         let (begun, before) = (Instant::now(), usage::machine_time());
@@ -99,6 +105,8 @@ mod tests {
         let mut machine = Machine::look(Path::new("/nowhere/ringtun"));
         machine.watch();
         assert!(machine.kernel.contains('.'), "{machine:?}");
+        machine.kernel = "6.1.0-18-amd64".to_owned();
+        assert_eq!(machine.kernel_version(), "6.1.0");
         assert!(machine.date.ends_with('Z'), "{machine:?}");
         assert!(machine.memory_mib > 0 && machine.cores > 0, "{machine:?}");
         assert_eq!(machine.commit, None);
