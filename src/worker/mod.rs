@@ -43,9 +43,11 @@ use connection::InnerSources;
 use crossbeam_queue::SegQueue;
 use handover::Mailbox;
 use slab::Slab;
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -80,6 +82,9 @@ pub enum WorkerError {
     /// The TUN queue is gone.
     #[error("the tunnel interface was taken away")]
     TunGone,
+    /// The thread panicked: a bug.
+    #[error("it panicked ({0}), which is a bug: please report it")]
+    Panicked(String),
 }
 
 /// What one worker is given.
@@ -528,6 +533,31 @@ struct Started {
     unregistered: Option<Extent>,
 }
 
+/// Runs a worker to its end. An error or a panic is told to control, which ends the daemon: connections of a worker that is
+/// gone would be accepted and carry nothing.
+fn supervise(
+    index: usize,
+    events: &tokio::sync::mpsc::UnboundedSender<Event>,
+    run: impl FnOnce() -> Result<(), WorkerError>,
+) {
+    // Nothing of the worker is used after a panic: what it shares with others are counters and queues without locks.
+    let ended = catch_unwind(AssertUnwindSafe(run))
+        .unwrap_or_else(|panic| Err(WorkerError::Panicked(panic_message(&*panic))));
+    if let Err(error) = ended {
+        // Control drops the receiver only when the process ends.
+        let _ = events.send(Event::Fatal {
+            worker: index,
+            error,
+        });
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("no message").to_owned()
+}
+
 impl Starting {
     fn new(
         index: usize,
@@ -555,12 +585,7 @@ impl Starting {
                 match worker {
                     Ok(mut worker) => {
                         let _ = sender.send(Ok(worker.started()));
-                        if let Err(error) = worker.run() {
-                            let _ = events.send(Event::Fatal {
-                                worker: index,
-                                error,
-                            });
-                        }
+                        supervise(index, &events, || worker.run());
                     }
                     Err(error) => {
                         let _ = sender.send(Err(error));
@@ -591,5 +616,33 @@ impl Starting {
             info: started.info,
         };
         Ok((handle, started.unregistered))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_that_panics_is_reported_to_control() {
+        let (events, mut reported) = tokio::sync::mpsc::unbounded_channel();
+        let thread = std::thread::spawn(move || {
+            supervise(1, &events, || panic!("slot {} was released twice", 7));
+            supervise(2, &events, || Err(WorkerError::TunGone));
+            supervise(3, &events, || Ok(()));
+        });
+        thread.join().expect("the panic goes no further");
+        let fatal = |event: Option<Event>| match event {
+            Some(Event::Fatal { worker, error }) => (worker, error.to_string()),
+            other => panic!("{other:?}"),
+        };
+        let (worker, error) = fatal(reported.blocking_recv());
+        assert_eq!(worker, 1);
+        assert!(error.contains("slot 7 was released twice"), "{error}");
+        assert_eq!(fatal(reported.blocking_recv()).0, 2);
+        assert!(
+            reported.blocking_recv().is_none(),
+            "a proper end is no news"
+        );
     }
 }
