@@ -75,6 +75,11 @@ macro_rules! counters {
                     (value > 0).then_some((reason, value))
                 })
             }
+
+            /// Adds what another one has counted.
+            pub fn add(&mut self, other: &Self) {
+                $(self.$name = self.$name.saturating_add(other.$name);)*
+            }
         }
     };
 }
@@ -121,6 +126,21 @@ counters! {
     signalled_trimmed,
     /// Packets handed over to another worker.
     handed_over,
+    /// Control capsules of peers that were not looked at, as too many of the same connection wait for the control thread, or
+    /// the peer does not read its answers.
+    refused_requests,
+    /// PINGs that were not answered, as too many answers wait.
+    refused_pings,
+    /// Answers to peers that were dropped, as too many wait.
+    refused_answers,
+    /// Times that a peer above its share of packet memory got no more.
+    refused_memory,
+    /// Times that packet memory was taken back from the peer that held most.
+    reclaimed,
+    /// Times that records of a peer were put off, as it had caused more work than its bytes pay for.
+    deferred,
+    /// Connections that ended because the peer broke the protocol.
+    ended_misbehaved,
     /// Turns of the event loop.
     turns,
 }
@@ -161,6 +181,18 @@ counters! {
     dropped_spoofed,
     /// Datagrams of a context that nobody negotiated, or too long.
     dropped_unknown_context,
+    /// Control capsules that were not looked at: too many wait for the control thread, or the peer does not read its answers.
+    refused_requests,
+    /// PINGs that were not answered, as too many answers wait.
+    refused_pings,
+    /// Answers that were dropped, as too many wait.
+    refused_answers,
+    /// Times that it got no packet memory, as its peer held more than a share.
+    refused_memory,
+    /// Times that packet memory was taken back, as its peer held most.
+    reclaimed,
+    /// Times that its records were put off, as its peer had caused more work than its bytes pay for.
+    deferred,
 }
 
 /// One worker's packet memory: whether it is registered, and what of it is handed out. The latter is told at every tick of the
@@ -179,6 +211,23 @@ pub struct PacketMemory {
     pub small_packets: Gauge,
 }
 
+/// Memory that one connection holds; told at every tick of the worker's housekeeping.
+#[derive(Debug, Default)]
+pub struct HeldMemory {
+    /// Buffers for ciphertext.
+    pub chunks: Gauge,
+    /// Buffers for packets that wait and for an unfinished capsule.
+    pub packets: Gauge,
+    /// Buffers for packets of a few segments that wait.
+    pub medium_packets: Gauge,
+    /// Buffers for small packets that wait.
+    pub small_packets: Gauge,
+    /// Bytes of control capsules that wait to be sent.
+    pub control_bytes: Gauge,
+    /// Bytes outside the packet memory: parts of records and capsules, and sealed records that the socket does not take.
+    pub outside_bytes: Gauge,
+}
+
 /// What is known of one connection while it lasts. Aligned, so that no two workers write to one cache line.
 #[derive(Debug, Default)]
 #[repr(align(128))]
@@ -195,6 +244,8 @@ pub struct ConnectionStats {
     pub ahead_bytes_max: Gauge,
     /// When the socket last gave something, in nanoseconds since the worker's start.
     pub received_at_nanos: Gauge,
+    /// Memory that it holds.
+    pub held: HeldMemory,
 }
 
 #[cfg(test)]

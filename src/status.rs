@@ -172,8 +172,47 @@ pub struct Session {
     pub instance: String,
     /// The client's inner addresses.
     pub addresses: Vec<IpAddr>,
+    /// A server's: what the peer had before, and has beside its connections. Left out where all is zero.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub past: Past,
     /// Its connections, by ordinal; none while the client is away.
     pub connections: Vec<Connection>,
+}
+
+/// What a peer has had since the server's start, or since its invite was made, beside its present connections.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Past {
+    /// Connections that are closing.
+    pub closing: usize,
+    /// Connections that the peer has ended.
+    pub ended_closed: u64,
+    /// Connections that were lost: reset, ended without close_notify, silent for too long.
+    pub ended_lost: u64,
+    /// Connections that were ended because the peer broke the protocol.
+    pub ended_misbehaved: u64,
+    /// Connections that the server has ended: replaced, superseded, turned away.
+    pub ended_replaced: u64,
+    /// What was counted on connections that have ended.
+    pub counters: ConnectionCounts,
+}
+
+/// Memory of a worker that a connection holds; half a second old at most.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Held {
+    /// Buffers for ciphertext, 128 to 384 KiB each.
+    pub chunks: u64,
+    /// Buffers for packets that wait and for an unfinished capsule, 92 KiB each.
+    pub packets: u64,
+    /// Buffers for packets of a few segments that wait, 12 KiB each.
+    pub medium_packets: u64,
+    /// Buffers for small packets that wait, 2 KiB each.
+    pub small_packets: u64,
+    /// Bytes of control capsules that wait to be sent.
+    pub control_bytes: u64,
+    /// Bytes outside the packet memory: parts of records and capsules, and sealed records that could not be sent.
+    pub outside_bytes: u64,
 }
 
 /// One TCP connection of a session.
@@ -210,10 +249,18 @@ pub struct Connection {
     /// How many of them there may be, by what the path delivers in some milliseconds.
     #[serde(default)]
     pub ahead_bytes_max: u64,
-    /// What was counted; what was dropped is in the `dropped_` fields, by reason.
+    /// Memory that it holds. Left out where all is zero, as for an idle connection.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub held: Held,
+    /// What was counted; what was dropped is in the `dropped_` fields, by reason, and what was refused to the peer in the
+    /// `refused_` ones.
     pub counters: ConnectionCounts,
     /// What the kernel says of the TCP connection.
     pub tcp: TcpInfo,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl Report {
@@ -294,6 +341,7 @@ pub(crate) mod examples {
             queue_bytes: 4096,
             ahead_bytes: 512,
             ahead_bytes_max: 8192,
+            held: Held::default(),
             counters: ConnectionCounts {
                 sent_packets: 1000,
                 sent_bytes: 1 << 30,
@@ -312,6 +360,7 @@ pub(crate) mod examples {
             peer: Some(peer.into()),
             instance: "00".repeat(16),
             addresses: vec![IpAddr::from([10, 87, 0, 2])],
+            past: Past::default(),
             connections: vec![connection(0)],
         }
     }
@@ -425,7 +474,10 @@ mod tests {
 
     #[test]
     fn every_field_is_described() {
-        let mut report = examples::server(vec![examples::session("alice")]);
+        let mut session = examples::session("alice");
+        session.past.closing = 1;
+        session.connections[0].held.chunks = 1;
+        let mut report = examples::server(vec![session]);
         report.client = Some(examples::client());
         let mut found = std::collections::BTreeSet::new();
         names(&serde_json::to_value(&report).expect("JSON"), &mut found);
@@ -441,7 +493,10 @@ mod tests {
         };
         let missing: Vec<_> = found
             .iter()
-            .filter(|name| !["io", "counters"].contains(&name.as_str()) && !is_described(name))
+            .filter(|name| {
+                let groups = ["io", "counters", "held", "past"];
+                !groups.contains(&name.as_str()) && !is_described(name)
+            })
             .collect();
         assert!(missing.is_empty(), "not in docs/status.md: {missing:?}");
     }

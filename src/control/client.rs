@@ -32,6 +32,7 @@ use crate::config::{
 use crate::invite::{Host, Invite};
 use crate::keeper::request::{ClientSetup, Notice};
 use crate::keeper::{Link, Notices, SetupFds};
+use crate::proto::budget::PeerId;
 use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::http::InstanceId;
 use crate::proto::offload::Offloads;
@@ -463,6 +464,8 @@ impl Client {
         let connection = self.workers.allocate(&others, ordinal == SPARSE_ORDINAL);
         self.workers.add(Handoff {
             connection,
+            // All connections are to the one server.
+            peer: PeerId::default(),
             socket: Arc::new(opened.socket),
             established: opened.established,
             inner_sources: InnerSources::Any,
@@ -546,6 +549,7 @@ impl Client {
             Event::Capsule {
                 capsule: Capsule::Close(reason),
                 connection,
+                ..
             } => {
                 if reason.is_final() && self.place_of(connection).is_some() {
                     return Err(Ending::failed(goodbye(reason)));
@@ -658,6 +662,7 @@ impl Client {
             peer: None,
             instance: self.dialling.server.instance.to_string(),
             addresses: settings.addresses.iter().map(IpNet::addr).collect(),
+            past: crate::status::Past::default(),
             connections: self
                 .members()
                 .filter_map(|member| connection(&self.workers, member))

@@ -7,6 +7,7 @@
 //! | server: listeners, keeper, workers | [`server`] |
 //! | server: one stranger's connection, web page or tunnel | [`visitor`], bounded by [`gate`] |
 //! | server: who is connected | [`tunnels`], [`crate::proto::session`] |
+//! | server: what each peer has and had | [`peer_accounts`], [`log_limit`] |
 //! | both: what runs here, for whoever asks by the control socket | [`status`] |
 //! | client: a session that is kept up | [`client`] |
 //! | client: one connection, from the first SYN to the addresses | [`dial`], [`opening`] |
@@ -16,8 +17,10 @@ pub mod client;
 pub mod dial;
 pub mod gate;
 pub mod handshake;
+pub mod log_limit;
 pub mod network;
 pub mod opening;
+pub mod peer_accounts;
 pub mod reconnect;
 pub mod runtime;
 pub mod server;
@@ -296,6 +299,13 @@ fn ended(cause: &CloseCause) -> String {
     match cause {
         CloseCause::Asked => "closed by this side".into(),
         CloseCause::PeerClosed => "closed by the other side".into(),
+        CloseCause::Truncated => {
+            "the other side is gone (its stream ended without a goodbye)".into()
+        }
+        CloseCause::Reset => "the connection was reset".into(),
+        CloseCause::Alerted(alert) => {
+            format!("the other side ended it by the TLS alert {alert:?}")
+        }
         CloseCause::Failed(error) => error.to_string(),
         CloseCause::Misbehaved(how) => format!("the other side broke the protocol: {how}"),
         CloseCause::TimedOut => "no answer any more".into(),

@@ -81,7 +81,10 @@ pub async fn run(
                 }
             }
             Some(event) = happened.recv() => match event {
-                Event::Capsule { connection, capsule } => house.tunnels.borrow_mut().received(connection, &capsule),
+                Event::Capsule { connection, capsule, permit } => {
+                    house.tunnels.borrow_mut().received(connection, &capsule);
+                    drop(permit);
+                }
                 Event::Closed { connection, cause } => house.tunnels.borrow_mut().closed(connection, &cause),
                 // The client has the same clock and makes a new one; meanwhile the others have the silent one's flows.
                 Event::Unresponsive { connection } => house.tunnels.borrow_mut().set_silent(connection, true),

@@ -18,7 +18,7 @@ use crate::config::IoMode;
 use crate::keeper::request::Origin;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::Member;
-use crate::stats::PacketMemory;
+use crate::stats::{HeldMemory, PacketMemory};
 use crate::status::query::{ANSWER_TIME, REQUEST};
 use crate::status::{self, Connection, FORMAT, Report, Role, Worker, WorkerIo};
 use crate::sys::tcp_info::tcp_info;
@@ -240,9 +240,21 @@ pub fn connection(workers: &Workers, member: Member) -> Option<Connection> {
         queue_bytes: info.stats.queue_bytes.get(),
         ahead_bytes: info.stats.ahead_bytes.get(),
         ahead_bytes_max: info.stats.ahead_bytes_max.get(),
+        held: held(&info.stats.held),
         counters: info.stats.counters.read(),
         tcp: tcp_info(socket.as_fd()).ok()?,
     })
+}
+
+fn held(memory: &HeldMemory) -> status::Held {
+    status::Held {
+        chunks: memory.chunks.get(),
+        packets: memory.packets.get(),
+        medium_packets: memory.medium_packets.get(),
+        small_packets: memory.small_packets.get(),
+        control_bytes: memory.control_bytes.get(),
+        outside_bytes: memory.outside_bytes.get(),
+    }
 }
 
 fn names(offloads: Offloads) -> Vec<String> {

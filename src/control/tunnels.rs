@@ -4,10 +4,12 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 
 use super::ended;
+use super::peer_accounts::{Account, Accounts};
 use super::status::{Subject, connection};
 use crate::keeper::request::{Peer, SavedLease};
 use crate::proto::address_pool::{AddressPool, Lease, PoolExhausted};
@@ -85,6 +87,20 @@ pub struct Tunnels {
     pool: AddressPool,
     peers: Vec<Peer>,
     sessions: Sessions,
+    accounts: Accounts,
+}
+
+/// Logs a line about a peer, of whom each can cause a few only.
+macro_rules! log_of {
+    ($tunnels:expr, $peer:expr, $($line:tt)*) => {
+        match $tunnels.accounts.may_log($peer, Instant::now()) {
+            Some(0) => tracing::info!($($line)*),
+            Some(left_out) => {
+                tracing::info!("{} ({left_out} lines were left out before this one)", format_args!($($line)*));
+            }
+            None => tracing::debug!($($line)*),
+        }
+    };
 }
 
 impl Tunnels {
@@ -103,6 +119,7 @@ impl Tunnels {
             pool,
             peers,
             sessions: Sessions::new(),
+            accounts: Accounts::default(),
         }
     }
 
@@ -142,40 +159,22 @@ impl Tunnels {
         self.sessions.is_superseded(&peer.name, instance)
     }
 
-    /// Gives the connection to a worker, unless its place has been lost since it was admitted: then it just closes.
+    /// Gives the connection to a worker. Where its place has been lost since it was admitted, the worker tells the peer why.
     pub fn establish(&mut self, tunnel: NewTunnel) {
         let NewTunnel {
-            admitted, source, ..
+            admitted,
+            source,
+            instance,
+            ordinal,
+            ..
         } = tunnel;
         let peer = admitted.peer.name.as_str();
-        if !self.peers.contains(&admitted.peer) {
-            tracing::info!("{peer} from {source}: revoked while it was connecting");
-            return;
-        }
-        let accepts = self.accepts;
-        let follows_path = self.follows_path;
-        let others = self.sessions.others(peer, tunnel.instance, tunnel.ordinal);
-        let is_sparse = tunnel.ordinal == Some(SPARSE_ORDINAL);
+        let others = self.sessions.others(peer, instance, ordinal);
+        let is_sparse = ordinal == Some(SPARSE_ORDINAL);
         let connection = self.workers().allocate(&others, is_sparse);
-        let arrived = self.sessions.arrive(Arrival {
-            peer,
-            instance: tunnel.instance,
-            ordinal: tunnel.ordinal,
-            lease: admitted.lease,
+        let handoff = Handoff {
             connection,
-        });
-        let closed = match arrived {
-            Arrived::Joined { closed, .. } => closed,
-            Arrived::Superseded | Arrived::TooMany => {
-                tracing::info!("{peer} from {source}: not taken: {arrived:?}");
-                self.workers().release(connection);
-                return;
-            }
-        };
-        // All workers know the way back before one of them takes the first packet, or its answer would be lost.
-        self.publish_routes();
-        self.workers().add(Handoff {
-            connection,
+            peer: self.accounts.of(peer).id(),
             socket: Arc::new(tunnel.socket),
             established: tunnel.established,
             inner_sources: InnerSources::Only(vec![
@@ -183,17 +182,55 @@ impl Tunnels {
                 admitted.lease.v6.into(),
             ]),
             offload: tunnel.offload,
-            accepts,
-            follows_path,
-        });
-        for (connection, reason) in closed {
-            self.workers().close(connection, Some(reason));
+            accepts: self.accepts,
+            follows_path: self.follows_path,
+        };
+        let arrived = if self.peers.contains(&admitted.peer) {
+            self.sessions.arrive(Arrival {
+                peer,
+                instance,
+                ordinal,
+                lease: admitted.lease,
+                connection,
+            })
+        } else {
+            self.turn_away(peer, source, handoff, CloseReason::Revoked);
+            return;
+        };
+        let reason = match (arrived, ordinal) {
+            (Arrived::Joined { closed, .. }, _) => {
+                // All workers know the way back before one of them takes the first packet, or its answer would be lost.
+                self.publish_routes();
+                self.workers().add(handoff);
+                for (connection, reason) in closed {
+                    self.close(peer, connection, reason);
+                }
+                let Lease { v4, v6 } = admitted.lease;
+                log_of!(self, peer, "{peer} connected from {source}: {v4}, {v6}");
+                return;
+            }
+            (Arrived::Superseded, _) => CloseReason::Superseded,
+            (Arrived::TooMany, None) => CloseReason::Exhausted,
+            (Arrived::TooMany, Some(_)) => CloseReason::Misbehaved,
+        };
+        self.turn_away(peer, source, handoff, reason);
+    }
+
+    /// Tells the peer why its connection is not taken, after the 101 that it has got.
+    fn turn_away(&mut self, peer: &str, source: SocketAddr, handoff: Handoff, reason: CloseReason) {
+        log_of!(self, peer, "{peer} from {source}: not taken: {reason}");
+        let connection = handoff.connection;
+        self.workers().add(handoff);
+        self.close(peer, connection, reason);
+    }
+
+    /// Begins the end of a peer's connection. Until it is gone it counts as the peer's.
+    fn close(&mut self, peer: &str, connection: ConnectionRef, reason: CloseReason) {
+        self.workers().close(connection, Some(reason));
+        let open = self.sessions.connections_of(peer);
+        for oldest in self.accounts.closes(peer, connection, open) {
+            self.workers().abort(oldest);
         }
-        tracing::info!(
-            "{peer} connected from {source}: {}, {}",
-            admitted.lease.v4,
-            admitted.lease.v6
-        );
     }
 
     /// The list of peers has changed. Whoever is no longer on it, or has another token now, is disconnected.
@@ -214,6 +251,7 @@ impl Tunnels {
             tracing::info!("{name} is revoked");
             if !present.contains_key(name) {
                 self.pool.release(name);
+                self.accounts.forget(name);
             }
         }
         self.publish_routes();
@@ -228,9 +266,15 @@ impl Tunnels {
         if self.sessions.depart(connection) {
             self.publish_routes();
         }
+        let counts = self.workers().connection(connection);
+        let counts = counts
+            .map(|info| info.stats.counters.read())
+            .unwrap_or_default();
+        self.accounts
+            .ended(connection, peer.as_deref(), &counts, cause);
         self.workers().release(connection);
         match peer {
-            Some(peer) => tracing::info!("{peer} disconnected: {}", ended(cause)),
+            Some(peer) => log_of!(self, &peer, "{peer} disconnected: {}", ended(cause)),
             None => tracing::debug!("a former connection is closed: {}", ended(cause)),
         }
     }
@@ -270,6 +314,7 @@ impl Tunnels {
                 peer: Some(peer.to_owned()),
                 instance: session.instance.to_string(),
                 addresses: session.addresses().into(),
+                past: self.accounts.get(peer).map(past).unwrap_or_default(),
                 connections: session
                     .connections()
                     .filter_map(|member| connection(workers, member))
@@ -306,5 +351,17 @@ impl Tunnels {
         self.workers
             .as_mut()
             .expect("nobody is let in after the stop")
+    }
+}
+
+fn past(account: &Account) -> status::Past {
+    let ended = account.ended();
+    status::Past {
+        closing: account.closing(),
+        ended_closed: ended.closed,
+        ended_lost: ended.lost,
+        ended_misbehaved: ended.misbehaved,
+        ended_replaced: ended.replaced,
+        counters: account.past().clone(),
     }
 }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod address_pool;
+pub mod budget;
 pub mod capsule;
 pub mod deframer;
 pub mod ecn;

@@ -240,6 +240,12 @@ impl Sessions {
             .collect()
     }
 
+    /// How many connections the peer's session has.
+    pub fn connections_of(&self, peer: &str) -> usize {
+        let session = self.by_peer.get(peer);
+        session.map_or(0, |session| session.connections.len())
+    }
+
     /// The peer that a connection belongs to.
     pub fn peer_of(&self, connection: ConnectionRef) -> Option<&str> {
         self.peers.get(&connection).map(String::as_str)

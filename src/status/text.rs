@@ -35,7 +35,66 @@ pub fn text(report: &Report) -> String {
         out.push('\n');
         out.push_str(&sessions(report).aligned());
     }
+    let limits: Vec<_> = report.sessions.iter().filter_map(limits_of).collect();
+    if !limits.is_empty() {
+        let mut table = Table::new(&["peer", "holds", "closing", "refused", "ended"]);
+        limits.into_iter().for_each(|row| table.row(row));
+        out.push('\n');
+        out.push_str(&table.aligned());
+    }
     out
+}
+
+/// What a peer holds of packet memory, what was refused to it, and how its connections have ended; none where there is
+/// nothing to tell.
+fn limits_of(session: &Session) -> Option<[String; 5]> {
+    let past = &session.past;
+    let mut counters = past.counters.clone();
+    let mut held = [0; 3];
+    for connection in &session.connections {
+        counters.add(&connection.counters);
+        let of = &connection.held;
+        let bytes = of.control_bytes + of.outside_bytes;
+        for (sum, part) in held.iter_mut().zip([of.chunks, of.packets, bytes]) {
+            *sum += part;
+        }
+    }
+    let refused = named([
+        ("requests", counters.refused_requests),
+        ("pings", counters.refused_pings),
+        ("answers", counters.refused_answers),
+        ("memory", counters.refused_memory),
+        ("taken back", counters.reclaimed),
+        ("put off", counters.deferred),
+    ]);
+    let ended = named([
+        ("closed", past.ended_closed),
+        ("lost", past.ended_lost),
+        ("misbehaved", past.ended_misbehaved),
+        ("by the server", past.ended_replaced),
+    ]);
+    if refused.is_empty() && ended.is_empty() && past.closing == 0 {
+        return None;
+    }
+    let [chunks, packets, outside] = held;
+    let holds = format!("{chunks} chunks, {packets} packets, {}", bytes(outside));
+    let or_none = |text: String| if text.is_empty() { "0".into() } else { text };
+    Some([
+        session.peer.clone().unwrap_or_else(|| "server".into()),
+        holds,
+        past.closing.to_string(),
+        or_none(refused),
+        or_none(ended),
+    ])
+}
+
+/// Names and counts of what is not zero.
+fn named<const N: usize>(counts: [(&str, u64); N]) -> String {
+    let counts = counts.into_iter().filter(|(_, value)| *value > 0);
+    let counts: Vec<String> = counts
+        .map(|(name, value)| format!("{name} {}", count(value)))
+        .collect();
+    counts.join(", ")
 }
 
 /// Names and values.

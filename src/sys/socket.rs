@@ -9,13 +9,17 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
 use super::congestion;
 use crate::config::CongestionControl;
 
 /// How long sent bytes may stay unacknowledged before the kernel gives the connection up.
 pub const USER_TIMEOUT: Duration = Duration::from_secs(30);
+/// A connection on which nothing has come for this long is asked by TCP whether its peer is there.
+pub const KEEPALIVE_AFTER: Duration = Duration::from_secs(30);
+/// From one such question to the next. The kernel gives up at the first one after [`USER_TIMEOUT`] of silence.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// The longest pause between retransmissions, where the kernel lets us say (6.15 and newer).
 pub const RTO_MAX_MS: libc::c_int = 1000;
 /// Unsent bytes that the kernel holds before the socket stops being writable, unless the path wants less: two full
@@ -90,6 +94,11 @@ pub fn tune(socket: BorrowedFd<'_>) -> io::Result<()> {
     let tcp = SockRef::from(&socket);
     tcp.set_tcp_nodelay(true)?;
     tcp.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
+    // For peers that know no PING: their half-open connections would stay for good.
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE_AFTER)
+        .with_interval(KEEPALIVE_INTERVAL);
+    tcp.set_tcp_keepalive(&keepalive)?;
     tcp.set_tcp_notsent_lowat(NOTSENT_LOWAT_BYTES)?;
     limit_rto(socket);
     Ok(())
@@ -232,6 +241,27 @@ mod tests {
         for wanted in [Some(2_500_000), Some(10_000_000_000), None] {
             limit_pacing(socket.as_fd(), wanted).expect("a limit");
             assert_eq!(limit().expect("a number"), wanted.unwrap_or(u64::MAX));
+        }
+    }
+
+    #[test]
+    fn half_open_connections_are_found_by_tcp_on_both_sides() {
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let listener = TcpListener::from(listen(any, &CongestionControl::Auto).expect("a port"));
+        let address = listener.local_addr().expect("an address");
+        let near = outer(address.ip(), &CongestionControl::Auto).expect("a socket");
+        let near = TcpStream::from(near);
+        SockRef::from(&near)
+            .connect(&address.into())
+            .expect("a connection");
+        let (far, _) = listener.accept().expect("its other end");
+        for socket in [SockRef::from(&near), SockRef::from(&far)] {
+            assert!(socket.keepalive().expect("an option"));
+            let times = [socket.tcp_keepalive_time(), socket.tcp_keepalive_interval()];
+            let times = times.map(|time| time.expect("an option"));
+            assert_eq!(times, [KEEPALIVE_AFTER, KEEPALIVE_INTERVAL]);
+            let timeout = socket.tcp_user_timeout().expect("an option");
+            assert_eq!(timeout, Some(USER_TIMEOUT));
         }
     }
 

@@ -15,6 +15,7 @@ pub mod record;
 pub use certificate::{CertificateError, Identity, PinMismatch, Trust};
 pub use handshake::{Established, TlsError, TlsStream};
 pub use record::{ContentType, Opened, RecordError, RecordLayer, Signal};
+pub use rustls::AlertDescription;
 
 #[cfg(test)]
 mod stock;

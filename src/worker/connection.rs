@@ -1,9 +1,10 @@
 //! One TCP+TLS connection as its worker keeps it.
 
-use super::CloseCause;
 use super::path::Path;
-use super::waiting::Outgoing;
-use crate::proto::capsule::Capsule;
+use super::waiting::{LARGE, MEDIUM, Outgoing, SMALL};
+use super::{CloseCause, EventPermit};
+use crate::proto::budget::EVENTS_PER_CONNECTION_MAX;
+use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::deframer::Deframer;
 use crate::proto::egress_queue::EgressQueue;
 use crate::proto::http::OffloadHeader;
@@ -12,6 +13,7 @@ use crate::proto::packet;
 use crate::proto::route_table::ConnectionRef;
 use crate::proto::timer::Instant;
 use crate::stats::ConnectionStats;
+use crate::tls::AlertDescription;
 use crate::tls::record::RecordLayer;
 use crate::uring::buffer::{Buffer, InFlight};
 use crate::uring::ring::FileSlot;
@@ -85,6 +87,48 @@ pub(super) struct Sending {
     pub(super) recalled: bool,
 }
 
+/// What the peer is told when a connection ends.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Farewell {
+    /// By a CLOSE capsule, before the end of the TLS stream.
+    pub(super) reason: Option<CloseReason>,
+    /// By a fatal alert in place of close_notify (RFC 8446 section 6.2).
+    pub(super) alert: Option<AlertDescription>,
+}
+
+impl Farewell {
+    /// The stream ends in order, without a reason.
+    pub(super) const NONE: Self = Self {
+        reason: None,
+        alert: None,
+    };
+
+    pub(super) fn because(reason: Option<CloseReason>) -> Self {
+        Self {
+            reason,
+            ..Self::NONE
+        }
+    }
+
+    pub(super) fn alert(alert: AlertDescription) -> Self {
+        Self {
+            alert: Some(alert),
+            ..Self::NONE
+        }
+    }
+}
+
+/// Counts the connection's capsules that wait for control.
+#[derive(Default)]
+pub(super) struct EventPermits(EventPermit);
+
+impl EventPermits {
+    /// One more, unless [`EVENTS_PER_CONNECTION_MAX`] wait.
+    pub(super) fn take(&self) -> Option<EventPermit> {
+        (self.0.count() < EVENTS_PER_CONNECTION_MAX).then(|| self.0.clone())
+    }
+}
+
 /// How far the end has come.
 pub(super) enum Life {
     /// Working.
@@ -93,7 +137,9 @@ pub(super) enum Life {
     Closing {
         cause: CloseCause,
         deadline: Instant,
-        /// The reason and close_notify are sealed.
+        /// The stream ends by this fatal alert, and not by close_notify.
+        alert: Option<AlertDescription>,
+        /// The reason and close_notify, or the alert, are sealed.
         said_goodbye: bool,
         /// What the peer had sent before it knew is still delivered, up to its own close_notify.
         listens: bool,
@@ -186,6 +232,8 @@ impl Clock {
 /// The state of one connection.
 pub(super) struct Connection {
     pub(super) reference: ConnectionRef,
+    /// Key of its peer's share of the worker.
+    pub(super) peer: usize,
     pub(super) socket: Arc<OwnedFd>,
     pub(super) stats: Arc<ConnectionStats>,
     pub(super) file: FileSlot,
@@ -203,6 +251,13 @@ pub(super) struct Connection {
     pub(super) receive: Receive,
     /// A cancellation of the parked read is under way.
     pub(super) parking: bool,
+    /// In the worker's list of connections that wait for memory.
+    pub(super) starved: bool,
+    /// In the worker's list of connections whose records are put off.
+    pub(super) deferred: bool,
+    /// When it last brought a packet.
+    pub(super) productive: Instant,
+    pub(super) events: EventPermits,
     pub(super) deframer: Deframer,
     /// Plaintext of an unfinished capsule.
     pub(super) plaintext: Option<Buffer>,
@@ -242,6 +297,26 @@ impl Connection {
         self.recalled.len() + sending + fill
     }
 
+    /// Chunks that it holds.
+    pub(super) fn chunks_held(&self) -> usize {
+        let receives = matches!(self.receive, Receive::Reading(_) | Receive::Stalled { .. });
+        usize::from(receives)
+            + usize::from(self.fill.is_some())
+            + usize::from(self.sending.is_some())
+    }
+
+    /// Packet slots that it holds: packets that wait, and an unfinished capsule.
+    pub(super) fn packets_held(&self) -> usize {
+        self.queue.slots()[LARGE] + usize::from(self.plaintext.is_some())
+    }
+
+    /// Bytes kept outside the packet memory: parts of records and capsules, and sealed records that could not be sent.
+    fn outside_bytes(&self) -> usize {
+        self.spilled_ciphertext.capacity()
+            + self.spilled_plaintext.capacity()
+            + self.recalled.capacity()
+    }
+
     /// Whether packets of the peer are taken.
     pub(super) fn listens(&self) -> bool {
         match self.life {
@@ -273,6 +348,18 @@ impl Connection {
     /// Has the peer asked for an answer.
     pub(super) fn add_ping(&mut self, now: Instant) {
         Capsule::Ping(now.as_nanos().to_be_bytes()).encode(&mut self.capsules);
+    }
+
+    /// Makes known what memory the connection holds.
+    pub(super) fn show_held(&self) {
+        let held = &self.stats.held;
+        let slots = self.queue.slots();
+        held.chunks.set(self.chunks_held() as u64);
+        held.packets.set(self.packets_held() as u64);
+        held.medium_packets.set(slots[MEDIUM] as u64);
+        held.small_packets.set(slots[SMALL] as u64);
+        held.control_bytes.set(self.capsules.len() as u64);
+        held.outside_bytes.set(self.outside_bytes() as u64);
     }
 
     /// Makes known what waits for the connection, and what is sealed.

@@ -1,15 +1,18 @@
 //! The turn of a worker: reap everything, act on it, submit once.
 
 use super::connection::{
-    Clock, Connection, Due, FLUSH_WITHIN, Life, PARK_AFTER, REPLACED_WITHIN, Receive,
+    Clock, Connection, Due, EventPermits, FLUSH_WITHIN, Farewell, Life, PARK_AFTER,
+    REPLACED_WITHIN, Receive,
 };
 use super::latch::Share;
 use super::path::Path;
+use super::peers::Peers;
 use super::staging::Staging;
 use super::{
     CloseCause, Command, Event, Handoff, Inlet, STOP_GRACE, Started, WorkerError, WorkerInfo,
     WorkerSetup, memory,
 };
+use crate::proto::budget::CONTROL_BYTES_MAX;
 use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::deframer::Deframer;
 use crate::proto::egress_queue::EgressQueue;
@@ -24,6 +27,7 @@ use crate::uring::token::{Operation, Token};
 use nix::errno::Errno;
 use nix::sys::socket::{Shutdown, shutdown};
 use slab::Slab;
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -90,8 +94,13 @@ pub(super) struct Worker {
     pub(super) queue_bytes_max: usize,
     /// Connections with something to seal or send.
     pub(super) dirty: Vec<usize>,
-    /// Connections that wait for packet or chunk memory on the inbound side.
-    pub(super) starved: Vec<usize>,
+    /// Connections that wait for packet or chunk memory, each once ([`Connection::starved`]).
+    pub(super) starved: VecDeque<usize>,
+    /// Connections whose records are put off, since their peers have caused enough work for now.
+    pub(super) deferred: VecDeque<usize>,
+    pub(super) peers: Peers,
+    /// Chunks that are held for receiving; all others in use are for sending.
+    receiving_chunks: usize,
     /// Small packets of one connection on their way into one record.
     pub(super) staging: Staging,
     /// Where this turn's packets of context 0 get their headers.
@@ -154,7 +163,10 @@ impl Worker {
             counters,
             queue_bytes_max: setup.queue_bytes_max,
             dirty: Vec::new(),
-            starved: Vec::new(),
+            starved: VecDeque::new(),
+            deferred: VecDeque::new(),
+            peers: Peers::new(),
+            receiving_chunks: 0,
             staging: Staging::new(),
             framing: None,
             scratch: vec![0; usize::from(u16::MAX)],
@@ -191,15 +203,19 @@ impl Worker {
         self.ring.tick(TICK, Token::single(Operation::Tick));
         self.read_tun();
         while !self.is_done() {
+            let waits = self.deferred.is_empty();
             self.ring
-                .submit_and_reap(&mut completions)
+                .submit_and_reap(&mut completions, waits)
                 .map_err(WorkerError::Enter)?;
             self.now = Instant::from_nanos(self.epoch.elapsed().as_nanos() as u64);
             self.counters.turns.add(1);
+            let is_idle = completions.is_empty();
             self.on_completions(&mut completions)?;
+            self.resume_deferred(is_idle);
             self.feed_starved();
             self.release_framing();
             self.pump_dirty();
+            self.reclaim();
             self.read_tun();
         }
         Ok(())
@@ -297,6 +313,14 @@ impl Worker {
             .then_some(slot)
     }
 
+    /// The slot of a connection that is there, closing or not.
+    fn slot_of_any(&mut self, reference: ConnectionRef) -> Option<usize> {
+        let slot = reference.slot as usize;
+        self.connection(slot)
+            .is_some_and(|connection| connection.reference.generation == reference.generation)
+            .then_some(slot)
+    }
+
     /// The slot that wakes worker `index`.
     pub(super) fn peer_bell(index: u16) -> FileSlot {
         FileSlot(FIRST_PEER + u32::from(index))
@@ -304,13 +328,61 @@ impl Worker {
 
     /// Whether memory of a class is so short that whoever may have to wait gives it back.
     pub(super) fn is_short_of(&self, class: Class) -> bool {
+        self.pool.free(class) < self.short_below(class)
+    }
+
+    pub(super) fn short_below(&self, class: Class) -> usize {
         let slots = self.pool.slots(class);
-        let left = match class {
+        match class {
             Class::Chunk => slots / 3,
             Class::Packet => (slots / 4).max(PACKETS_LEFT_MIN),
             Class::Medium | Class::Small => slots / 4,
+        }
+    }
+
+    /// A chunk to receive into, if the connection's peer may have one. One chunk stays for sending.
+    pub(super) fn take_receive_chunk(&mut self, connection: &Connection) -> Option<Buffer> {
+        if self.receiving_chunks + 1 >= self.pool.slots(Class::Chunk) {
+            self.peers.wants_reclaim = true;
+            return None;
+        }
+        if !self.may_take(connection, Class::Chunk) {
+            return None;
+        }
+        let chunk = self.pool.take(Class::Chunk)?;
+        self.receiving_chunks += 1;
+        Some(chunk)
+    }
+
+    pub(super) fn release_receive_chunk(&mut self, chunk: Buffer) {
+        self.receiving_chunks -= 1;
+        self.pool.release(chunk);
+    }
+
+    /// A chunk to send from, if the connection's peer may have one. One chunk stays for receiving.
+    pub(super) fn take_send_chunk(&mut self, connection: &mut Connection) -> Option<Buffer> {
+        let slots = self.pool.slots(Class::Chunk);
+        let sending = slots - self.pool.free(Class::Chunk) - self.receiving_chunks;
+        let chunk = if sending + 1 >= slots {
+            self.peers.wants_reclaim = true;
+            None
+        } else if self.may_take(connection, Class::Chunk) {
+            self.pool.take(Class::Chunk)
+        } else {
+            None
         };
-        self.pool.free(class) < left
+        if chunk.is_none() {
+            self.starve(connection);
+        }
+        chunk
+    }
+
+    /// Has the connection looked at again when there may be memory.
+    pub(super) fn starve(&mut self, connection: &mut Connection) {
+        if !connection.starved {
+            connection.starved = true;
+            self.starved.push_back(connection.reference.slot as usize);
+        }
     }
 
     pub(super) fn tell_control(&self, event: Event) {
@@ -338,27 +410,54 @@ impl Worker {
     }
 
     fn obey(&mut self) {
-        while let Some(command) = self.inlets[self.index].commands.pop() {
+        let inlet = Arc::clone(&self.inlets[self.index]);
+        while let Some(command) = inlet.commands.pop() {
+            // Routes that control had made before it gave the command are in force before the command is.
+            self.take_routes(&inlet);
             match command {
                 Command::Add(handoff, stats) => self.add(*handoff, stats),
-                Command::Routes(routes) => self.routes = routes,
+                Command::Routes => {}
                 Command::Send(reference, capsules) => {
-                    if let Some(slot) = self.slot_of(reference)
-                        && let Some(connection) = self.connection(slot)
-                    {
-                        connection.capsules.extend_from_slice(&capsules);
-                        self.mark_dirty(slot);
-                    }
+                    self.send_capsules(reference, &capsules);
                 }
                 Command::Close(reference, reason) => {
                     if let Some(slot) = self.slot_of(reference) {
-                        self.close(slot, CloseCause::Asked, reason);
+                        self.close(slot, CloseCause::Asked, Farewell::because(reason));
+                    }
+                }
+                Command::Abort(reference) => {
+                    if let Some(slot) = self.slot_of_any(reference) {
+                        self.close(slot, CloseCause::Asked, Farewell::NONE);
+                        self.shut(slot);
                     }
                 }
                 Command::Register => self.register_memory(),
                 Command::Stop(reason) => self.stop(reason),
             }
         }
+    }
+
+    fn take_routes(&mut self, inlet: &Inlet) {
+        if let Some(routes) = inlet.routes.pop() {
+            self.routes = routes;
+        }
+    }
+
+    /// Control answers a peer. A peer that does not read its answers gets no more of them.
+    fn send_capsules(&mut self, reference: ConnectionRef, capsules: &[u8]) {
+        let Some(slot) = self.slot_of(reference) else {
+            return;
+        };
+        let Some(connection) = self.connection(slot) else {
+            return;
+        };
+        if connection.capsules.len() + capsules.len() > CONTROL_BYTES_MAX {
+            connection.stats.counters.refused_answers.add(1);
+            self.counters.refused_answers.add(1);
+            return;
+        }
+        connection.capsules.extend_from_slice(capsules);
+        self.mark_dirty(slot);
     }
 
     /// Without this the worker goes on with plain reads and writes.
@@ -381,8 +480,10 @@ impl Worker {
             return;
         }
         stats.received_at_nanos.set(self.now.as_nanos());
+        let peer = self.peers.join(handoff.peer, reference.slot, self.now);
         let mut connection = Connection {
             reference,
+            peer,
             socket: handoff.socket,
             stats,
             file,
@@ -396,6 +497,10 @@ impl Worker {
             in_flight: 0,
             receive: Receive::Parked,
             parking: false,
+            starved: false,
+            deferred: false,
+            productive: self.now,
+            events: EventPermits::default(),
             deframer: Deframer::new(),
             plaintext: None,
             spilled_ciphertext: handoff.established.ciphertext,
@@ -423,7 +528,8 @@ impl Worker {
     ///
     /// Where another connection has replaced it, nothing is to be lost: what waits goes there, and what is on its way may
     /// still arrive. After an outage it is what ends the waiting of senders inside, whose own clocks are far behind.
-    pub(super) fn close(&mut self, slot: usize, cause: CloseCause, reason: Option<CloseReason>) {
+    pub(super) fn close(&mut self, slot: usize, cause: CloseCause, farewell: Farewell) {
+        let Farewell { reason, alert } = farewell;
         let is_replaced = reason == Some(CloseReason::Replaced);
         let deadline = self.now
             + match is_replaced {
@@ -439,13 +545,24 @@ impl Worker {
         if let Some(reason) = reason {
             Capsule::Close(reason).encode(&mut connection.capsules);
         }
-        let flushable = matches!(
-            cause,
-            CloseCause::Asked | CloseCause::PeerClosed | CloseCause::Misbehaved(_)
-        );
+        let flushable = match &cause {
+            CloseCause::Asked
+            | CloseCause::PeerClosed
+            | CloseCause::Truncated
+            | CloseCause::Misbehaved(_) => true,
+            CloseCause::Failed(_) => alert.is_some(),
+            CloseCause::Reset | CloseCause::Alerted(_) | CloseCause::TimedOut => false,
+        };
+        if matches!(cause, CloseCause::Misbehaved(_)) {
+            self.counters.ended_misbehaved.add(1);
+        }
+        let Some(connection) = self.connection(slot) else {
+            return;
+        };
         connection.life = Life::Closing {
             cause,
             deadline,
+            alert,
             said_goodbye: false,
             listens: is_replaced,
         };
@@ -465,11 +582,12 @@ impl Worker {
     }
 
     /// The peer will send nothing more, or nothing that can be used.
-    pub(super) fn peer_ended(&mut self, slot: usize, cause: CloseCause) {
+    pub(super) fn peer_ended(&mut self, slot: usize, cause: CloseCause, farewell: Farewell) {
         match self.connection(slot).map(|connection| &mut connection.life) {
-            Some(Life::Open) => self.close(slot, cause, None),
-            Some(Life::Closing { listens, .. }) => {
+            Some(Life::Open) => self.close(slot, cause, farewell),
+            Some(Life::Closing { listens, alert, .. }) => {
                 *listens = false;
+                *alert = alert.or(farewell.alert);
                 self.mark_dirty(slot);
             }
             Some(Life::Draining { .. }) | None => {}
@@ -506,11 +624,11 @@ impl Worker {
         if let Err(error) = self.ring.unregister_file(connection.file) {
             tracing::warn!("cannot take a socket from io_uring: {error}");
         }
-        let receive = match connection.receive {
-            Receive::Stalled { chunk, .. } => Some(chunk),
-            _ => None,
-        };
-        for buffer in [receive, connection.plaintext, connection.fill]
+        self.peers.leave(connection.peer, connection.reference.slot);
+        if let Receive::Stalled { chunk, .. } = connection.receive {
+            self.release_receive_chunk(chunk);
+        }
+        for buffer in [connection.plaintext, connection.fill]
             .into_iter()
             .flatten()
         {
@@ -535,6 +653,10 @@ impl Worker {
         self.ring.tick(period, Token::single(Operation::Tick));
         for slot in 0..self.connections.len() {
             self.tick_connection(slot);
+            self.keep_to_bounds(slot);
+            if let Some(connection) = self.connection(slot) {
+                connection.show_held();
+            }
         }
         self.show_buffers();
     }
@@ -583,7 +705,7 @@ impl Worker {
             return;
         };
         if connection.offload.is_none() {
-            // A foreign client knows nothing of PING; TCP_USER_TIMEOUT watches over it.
+            // A foreign client knows nothing of PING: TCP asks in its place (`socket::KEEPALIVE_AFTER`).
             return;
         }
         match connection.clock.due(now) {
@@ -595,7 +717,7 @@ impl Worker {
             Due::Report => self.tell_control(Event::Unresponsive {
                 connection: reference,
             }),
-            Due::GiveUp => self.close(slot, CloseCause::TimedOut, None),
+            Due::GiveUp => self.close(slot, CloseCause::TimedOut, Farewell::NONE),
         }
         // Sealed by the pump of this very turn.
     }
@@ -606,14 +728,8 @@ impl Worker {
         let Some(connection) = self.connection(slot) else {
             return;
         };
-        let quiet = now.since(connection.clock.received) >= PARK_AFTER;
-        if quiet && !connection.parking && matches!(connection.receive, Receive::Reading(_)) {
-            connection.parking = true;
-            connection.in_flight += 1;
-            let generation = connection.reference.generation;
-            let token = |operation| Token::new(operation, slot as u32, generation);
-            self.ring
-                .cancel(token(Operation::ConnectionRead), token(Operation::Cancel));
+        if now.since(connection.clock.received) >= PARK_AFTER {
+            self.cancel_read(slot);
         }
         self.recall_if_stuck(slot);
     }
@@ -621,7 +737,7 @@ impl Worker {
     fn stop(&mut self, reason: Option<CloseReason>) {
         self.stopping = Some(self.now + STOP_GRACE);
         for slot in 0..self.connections.len() {
-            self.close(slot, CloseCause::Asked, reason);
+            self.close(slot, CloseCause::Asked, Farewell::because(reason));
         }
         self.ring
             .tick(TICK_STOPPING, Token::single(Operation::Tick));

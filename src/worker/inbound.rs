@@ -1,26 +1,31 @@
 //! TCP to TUN, in the order that a packet takes.
 
-use super::connection::{Connection, Life, Receive};
+use super::connection::{Connection, Farewell, Life, Receive};
 use super::event_loop::{TUN, Worker};
 use super::{CloseCause, Event};
-use crate::proto::capsule::Capsule;
+use crate::proto::budget::{CONTROL_BYTES_MAX, SEGMENTS_PER_UNIT};
+use crate::proto::capsule::{Capsule, CloseReason, kind};
 use crate::proto::deframer::{CAPSULE_BYTES_MAX, Frame};
 use crate::proto::flow_hash::flow_hash;
 use crate::proto::offload::{self, Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
 use crate::proto::packet;
+use crate::tls::AlertDescription;
 use crate::tls::record::{
-    ContentType, RECORD_HEADER_BYTES, RECORD_PLAINTEXT_BYTES_MAX, Signal, record_bytes,
+    ContentType, RECORD_HEADER_BYTES, RECORD_PLAINTEXT_BYTES_MAX, RecordError, Signal, record_bytes,
 };
 use crate::uring::buffer::{Buffer, Class, PACKET_SLOT_BYTES, Piece};
 use crate::uring::ring::{Completion, WhenDry};
 use crate::uring::token::{Operation, Token};
 use nix::errno::Errno;
+use std::io;
 use std::ops::Range;
 
-/// A read is not parked with less room than this.
-const READ_BYTES_MIN: usize = 64 * 1024;
+/// Connections that wait for memory, or whose records are put off, that are looked at in one turn.
+const RESUMED_MAX: usize = 64;
 /// One opened record, with its content type and padding.
 const OPENED_BYTES_MAX: usize = RECORD_PLAINTEXT_BYTES_MAX + 1;
+/// Bytes of an ADDRESS_REQUEST that cost one unit of work.
+const BYTES_PER_REQUEST_UNIT: usize = 128;
 /// A packet buffer takes further records while no more than this of it is used by finished capsules.
 const REUSE_BYTES_MAX: usize = 8000;
 
@@ -32,10 +37,37 @@ const _: () = assert!(REUSE_BYTES_MAX + CAPSULE_BYTES_MAX + OPENED_BYTES_MAX <= 
 
 /// Why a connection cannot go on.
 enum Stop {
-    /// close_notify, or the end of the stream.
+    /// The peer's close_notify.
     PeerClosed,
-    /// Not what the protocol says.
-    Misbehaved(String),
+    /// The record layer: the peer's fatal alert, or a record that is not what TLS says.
+    Record(RecordError),
+    /// A capsule that is not what the protocol says.
+    Capsule(String),
+}
+
+impl Stop {
+    /// Why the connection ends, and how the peer is told.
+    fn into_end(self) -> (CloseCause, Farewell) {
+        let error = match self {
+            Stop::PeerClosed => return (CloseCause::PeerClosed, Farewell::NONE),
+            Stop::Capsule(what) => {
+                let told = Farewell::because(Some(CloseReason::Misbehaved));
+                return (CloseCause::Misbehaved(what), told);
+            }
+            Stop::Record(error) => error,
+        };
+        match (&error, error.alert()) {
+            (RecordError::PeerAlert(alert), _) => (CloseCause::Alerted(*alert), Farewell::NONE),
+            (_, Some(alert)) if alert != AlertDescription::InternalError => (
+                CloseCause::Misbehaved(error.to_string()),
+                Farewell::alert(alert),
+            ),
+            (_, alert) => (
+                CloseCause::Failed(io::Error::other(error)),
+                alert.map_or(Farewell::NONE, Farewell::alert),
+            ),
+        }
+    }
 }
 
 /// What follows the processing of a chunk.
@@ -55,11 +87,13 @@ enum Progress {
     Through(usize),
     /// Packet memory is short; the rest starts here.
     Stalled(usize),
+    /// The peer has caused enough work for now; the rest starts here.
+    Deferred(usize),
     Stop(Stop),
 }
 
-fn misbehaved(error: impl std::fmt::Display) -> Stop {
-    Stop::Misbehaved(error.to_string())
+fn malformed(error: impl std::fmt::Display) -> Stop {
+    Stop::Capsule(error.to_string())
 }
 
 impl Worker {
@@ -88,18 +122,23 @@ impl Worker {
             return;
         }
         connection.receive = Receive::Parked;
-        let Some(mut chunk) = self.pool.take(Class::Chunk) else {
-            self.starved.push(slot);
-            return;
-        };
         let Some(mut connection) = self.take_out(slot) else {
             return;
         };
-        if connection.spilled_ciphertext.len() > chunk.capacity() - READ_BYTES_MIN {
-            self.pool.release(chunk);
+        let Some(mut chunk) = self.take_receive_chunk(&connection) else {
+            self.starve(&mut connection);
+            self.put_back(slot, connection);
+            return;
+        };
+        if connection.spilled_ciphertext.len() > chunk.capacity() {
+            self.release_receive_chunk(chunk);
             self.put_back(slot, connection);
             let cause = CloseCause::Misbehaved("too much came with the handshake".into());
-            self.close(slot, cause, None);
+            self.close(
+                slot,
+                cause,
+                Farewell::because(Some(CloseReason::Misbehaved)),
+            );
             return;
         }
         chunk.append(&std::mem::take(&mut connection.spilled_ciphertext));
@@ -120,13 +159,13 @@ impl Worker {
         };
         let mut chunk = in_flight.land(&completion);
         if matches!(connection.life, Life::Draining { .. }) {
-            self.pool.release(chunk);
+            self.release_receive_chunk(chunk);
             return;
         }
         match completion.result() {
             Ok(0) => {
-                self.pool.release(chunk);
-                self.peer_ended(slot, CloseCause::PeerClosed);
+                self.release_receive_chunk(chunk);
+                self.peer_ended(slot, CloseCause::Truncated, Farewell::NONE);
             }
             Ok(bytes) => {
                 chunk.fill(bytes);
@@ -150,7 +189,7 @@ impl Worker {
             Err(Errno::ECANCELED) => self.process(slot, chunk, 0, Next::Park),
             Err(Errno::EINTR | Errno::EAGAIN) => self.process(slot, chunk, 0, Next::Read),
             Err(error) => {
-                self.pool.release(chunk);
+                self.release_receive_chunk(chunk);
                 self.fail(slot, error);
             }
         }
@@ -161,7 +200,7 @@ impl Worker {
         connection
             .spilled_ciphertext
             .extend_from_slice(chunk.bytes());
-        self.pool.release(chunk);
+        self.release_receive_chunk(chunk);
         if let Some(plaintext) = connection.plaintext.take() {
             connection
                 .spilled_plaintext
@@ -185,25 +224,65 @@ impl Worker {
 
     /// Goes on where memory was short.
     pub(super) fn feed_starved(&mut self) {
-        for slot in std::mem::take(&mut self.starved) {
+        for _ in 0..self.starved.len().min(RESUMED_MAX) {
+            let Some(slot) = self.starved.pop_front() else {
+                return;
+            };
             let Some(connection) = self.connection(slot) else {
                 continue;
             };
-            match std::mem::replace(&mut connection.receive, Receive::Parked) {
-                Receive::Stalled { chunk, start } => {
-                    self.process(slot, chunk, start, Next::ReadOrPark);
-                }
-                Receive::Parked => self.on_readable(slot),
-                receive => connection.receive = receive,
+            connection.starved = false;
+            if !connection.deferred {
+                self.resume(slot);
             }
             self.mark_dirty(slot);
+        }
+    }
+
+    /// Goes on with records that were put off: of peers that may cause work again, and of one peer more if nobody else has
+    /// anything to do.
+    pub(super) fn resume_deferred(&mut self, mut is_idle: bool) {
+        let now = self.now;
+        for _ in 0..self.deferred.len().min(RESUMED_MAX) {
+            let Some(slot) = self.deferred.pop_front() else {
+                return;
+            };
+            let connection = self.connections.get_mut(slot);
+            let Some(connection) = connection.and_then(Option::as_deref_mut) else {
+                continue;
+            };
+            let work = &mut self.peers.get_mut(connection.peer).work;
+            work.refill(now);
+            if work.is_spent() && std::mem::take(&mut is_idle) {
+                work.fill(now);
+            }
+            if work.is_spent() {
+                self.deferred.push_back(slot);
+            } else {
+                connection.deferred = false;
+                self.resume(slot);
+            }
+        }
+    }
+
+    /// Goes on with a connection whose receiving side waits for the worker, and not for its peer.
+    fn resume(&mut self, slot: usize) {
+        let Some(connection) = self.connection(slot) else {
+            return;
+        };
+        match std::mem::replace(&mut connection.receive, Receive::Parked) {
+            Receive::Stalled { chunk, start } => {
+                self.process(slot, chunk, start, Next::ReadOrPark);
+            }
+            Receive::Parked => self.on_readable(slot),
+            receive => connection.receive = receive,
         }
     }
 
     /// Steps 2 to 4 for all whole records in the chunk, then what comes next.
     fn process(&mut self, slot: usize, mut chunk: Buffer, start: usize, next: Next) {
         let Some(mut connection) = self.take_out(slot) else {
-            self.pool.release(chunk);
+            self.release_receive_chunk(chunk);
             return;
         };
         let packets = connection.stats.counters.received_packets.get();
@@ -218,28 +297,47 @@ impl Worker {
                 // Less than a record is left, so a full read always fits behind it.
                 chunk.discard_front(start);
                 let brought = connection.stats.counters.received_packets.get() - packets;
-                connection.clock.flowing |= brought > 0;
+                if brought > 0 {
+                    connection.clock.flowing = true;
+                    connection.productive = self.now;
+                }
                 self.receive_more(&mut connection, chunk, next, brought);
             }
             Progress::Stalled(start) => {
                 connection.receive = Receive::Stalled { chunk, start };
-                self.starved.push(slot);
+                self.starve(&mut connection);
+            }
+            Progress::Deferred(start) => {
+                connection.receive = Receive::Stalled { chunk, start };
+                self.defer(&mut connection);
             }
             Progress::Stop(reason) => {
-                self.pool.release(chunk);
+                self.release_receive_chunk(chunk);
                 stop = Some(reason);
             }
         }
         self.put_back(slot, connection);
-        match stop {
-            None => {}
-            Some(Stop::PeerClosed) => self.peer_ended(slot, CloseCause::PeerClosed),
-            Some(Stop::Misbehaved(what)) => self.peer_ended(slot, CloseCause::Misbehaved(what)),
+        if let Some(stop) = stop {
+            let (cause, farewell) = stop.into_end();
+            self.peer_ended(slot, cause, farewell);
+        }
+    }
+
+    /// Puts the rest of a connection's records off.
+    fn defer(&mut self, connection: &mut Connection) {
+        if !connection.deferred {
+            connection.deferred = true;
+            self.deferred.push_back(connection.reference.slot as usize);
+            self.counters.deferred.add(1);
+            connection.stats.counters.deferred.add(1);
         }
     }
 
     /// Leaves a read in the kernel, or only polls while memory is short, or while nothing but keepalives comes: a crowd
     /// that idles holds no chunks that others could read with.
+    ///
+    /// Part of a record has to be copied to and fro when a connection is parked. So it stays in its chunk as long as others
+    /// find one and the peer is within its share.
     fn receive_more(
         &mut self,
         connection: &mut Connection,
@@ -251,14 +349,15 @@ impl Worker {
         if let Some(plaintext) = connection.plaintext.take_if(finished) {
             self.pool.release(plaintext);
         }
-        // Part of a record would have to be copied to and fro: it stays as long as others find any chunk at all.
         let free = self.pool.free(Class::Chunk);
-        let short = match chunk.filled() {
+        let is_scarce = match chunk.filled() {
             0 => self.is_short_of(Class::Chunk),
             _ => free == 0,
         };
         let idle = brought_packets == 0 && chunk.filled() == 0 && connection.plaintext.is_none();
-        if next == Next::Park || next == Next::ReadOrPark && (short || idle) {
+        let parks =
+            next == Next::ReadOrPark && (is_scarce || idle || self.must_give_back(connection));
+        if next == Next::Park || parks {
             self.park(connection, chunk);
             return;
         }
@@ -298,13 +397,20 @@ impl Worker {
                 }
             }
         }
+        self.peers.get_mut(connection.peer).work.refill(self.now);
         loop {
             let stream = &chunk.bytes()[start..];
             let record = match record_bytes(stream) {
                 Ok(Some(bytes)) if bytes <= stream.len() => &stream[..bytes],
                 Ok(_) => return Progress::Through(start),
-                Err(error) => return Progress::Stop(misbehaved(error)),
+                Err(error) => return Progress::Stop(Stop::Record(error)),
             };
+            let work = &mut self.peers.get_mut(connection.peer).work;
+            if work.is_spent() {
+                return Progress::Deferred(start);
+            }
+            work.pay(record.len() as u32);
+            work.spend(1);
             let opened_bytes_max = record.len() - RECORD_HEADER_BYTES;
             let Some(mut plaintext) = self.plaintext_with_room(connection, opened_bytes_max) else {
                 return Progress::Stalled(start);
@@ -322,17 +428,17 @@ impl Worker {
     /// present one is used up.
     fn plaintext_with_room(&mut self, connection: &mut Connection, bytes: usize) -> Option<Buffer> {
         match connection.plaintext.take() {
-            None => self.pool.take(Class::Packet),
+            None => self.take_plaintext(connection),
             Some(plaintext) if plaintext.bytes().is_empty() => {
                 if plaintext.filled() <= REUSE_BYTES_MAX {
                     return Some(plaintext);
                 }
                 self.pool.release(plaintext);
-                self.pool.take(Class::Packet)
+                self.take_plaintext(connection)
             }
             Some(plaintext) if plaintext.room() >= bytes => Some(plaintext),
             Some(plaintext) => {
-                let Some(mut fresh) = self.pool.take(Class::Packet) else {
+                let Some(mut fresh) = self.take_plaintext(connection) else {
                     connection.plaintext = Some(plaintext);
                     return None;
                 };
@@ -340,6 +446,14 @@ impl Worker {
                 self.pool.release(plaintext);
                 Some(fresh)
             }
+        }
+    }
+
+    fn take_plaintext(&mut self, connection: &Connection) -> Option<Buffer> {
+        if self.may_take(connection, Class::Packet) {
+            self.pool.take(Class::Packet)
+        } else {
+            None
         }
     }
 
@@ -352,7 +466,7 @@ impl Worker {
         let opened = connection
             .records
             .open(record, plaintext.tail_mut())
-            .map_err(misbehaved)?;
+            .map_err(Stop::Record)?;
         if opened.content_type == ContentType::ApplicationData {
             plaintext.fill(opened.bytes);
             return self.deliver(connection, plaintext);
@@ -361,7 +475,7 @@ impl Worker {
         match connection
             .records
             .handle(opened.content_type, body)
-            .map_err(misbehaved)?
+            .map_err(Stop::Record)?
         {
             Signal::None => Ok(()),
             Signal::ReplyKeyUpdate => {
@@ -385,18 +499,25 @@ impl Worker {
         loop {
             let oversized = connection.deframer.oversized_datagrams();
             let frame = connection.deframer.next(plaintext.bytes());
-            match frame.map_err(misbehaved)? {
-                Frame::Incomplete => return Ok(()),
+            let frame = frame.map_err(malformed)?;
+            if frame == Frame::Incomplete {
+                return Ok(());
+            }
+            self.peers.get_mut(connection.peer).work.spend(1);
+            match frame {
+                Frame::Incomplete => {}
                 Frame::Datagram {
                     context,
                     payload,
                     end,
                 } => self.deliver_datagram(connection, plaintext, context, payload, end),
                 Frame::Control { kind, value, end } => {
-                    let capsule =
-                        Capsule::decode(kind, &plaintext.bytes()[value]).map_err(misbehaved)?;
+                    if self.may_request(connection, kind, value.len()) {
+                        let capsule =
+                            Capsule::decode(kind, &plaintext.bytes()[value]).map_err(malformed)?;
+                        self.on_capsule(connection, capsule);
+                    }
                     self.pool.skip(plaintext, end);
-                    self.on_capsule(connection, capsule);
                 }
                 Frame::Skipped { end } => {
                     self.pool.skip(plaintext, end);
@@ -409,6 +530,23 @@ impl Worker {
         }
     }
 
+    /// Whether a capsule is looked at. A request to control is not, where its answer would find no room anyway, so that
+    /// nothing is spent on a peer that asks and does not listen.
+    fn may_request(&mut self, connection: &Connection, kind: u64, bytes: usize) -> bool {
+        if kind != kind::ADDRESS_REQUEST {
+            return true;
+        }
+        let work = &mut self.peers.get_mut(connection.peer).work;
+        // A request is made into a value, handed to control, answered and sealed, entry by entry.
+        work.spend((bytes / BYTES_PER_REQUEST_UNIT) as u32);
+        if connection.capsules.len() + bytes <= CONTROL_BYTES_MAX {
+            return true;
+        }
+        self.counters.refused_requests.add(1);
+        connection.stats.counters.refused_requests.add(1);
+        false
+    }
+
     fn on_capsule(&mut self, connection: &mut Connection, capsule: Option<Capsule>) {
         match capsule {
             None => {}
@@ -416,15 +554,25 @@ impl Worker {
             Some(_) if !connection.is_open() => {}
             Some(Capsule::Pong(_)) => connection.clock.flowing = false,
             // A peer that asks faster than it reads gets no more answers for now.
-            Some(Capsule::Ping(_)) if connection.capsules.len() > PONGS_BYTES_MAX => {}
+            Some(Capsule::Ping(_)) if connection.capsules.len() > PONGS_BYTES_MAX => {
+                self.counters.refused_pings.add(1);
+                connection.stats.counters.refused_pings.add(1);
+            }
             Some(Capsule::Ping(payload)) => {
                 Capsule::Pong(payload).encode(&mut connection.capsules);
                 self.wants_pump(connection);
             }
-            Some(capsule) => self.tell_control(Event::Capsule {
-                connection: connection.reference,
-                capsule,
-            }),
+            Some(capsule) => match connection.events.take() {
+                Some(permit) => self.tell_control(Event::Capsule {
+                    connection: connection.reference,
+                    capsule,
+                    permit,
+                }),
+                None => {
+                    self.counters.refused_requests.add(1);
+                    connection.stats.counters.refused_requests.add(1);
+                }
+            },
         }
     }
 
@@ -463,6 +611,10 @@ impl Worker {
             let counters = &connection.stats.counters;
             counters.received_packets.add(1);
             counters.received_bytes.add(bytes as u64);
+            let units = segments_in(piece.bytes()) / SEGMENTS_PER_UNIT;
+            if units > 0 {
+                self.peers.get_mut(connection.peer).work.spend(units);
+            }
             self.count_received(&piece.bytes()[VIRTIO_NET_HDR_BYTES..]);
             self.write_tun(piece);
         }
@@ -600,5 +752,14 @@ impl Worker {
             Ok(_) => self.counters.segmented_after_refusal.add(1),
             Err(_) => self.counters.dropped_tun_refused.add(1),
         }
+    }
+}
+
+/// Segments that the kernel may have to cut a packet into. `framed` is a validated `virtio_net_hdr` and the packet.
+fn segments_in(framed: &[u8]) -> u32 {
+    let header = framed.first_chunk::<VIRTIO_NET_HDR_BYTES>();
+    match header.map(|header| VirtioNetHdr::read(header).gso_size) {
+        None | Some(0) => 0,
+        Some(size) => (framed.len() as u32).div_ceil(u32::from(size)),
     }
 }

@@ -23,16 +23,19 @@ mod latch;
 mod memory;
 mod outbound;
 mod path;
+mod peers;
 mod sealing;
 mod sending;
 mod staging;
 mod waiting;
 
+use crate::proto::budget::PeerId;
 use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::http::OffloadHeader;
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, RouteTable};
 use crate::stats::{ConnectionStats, PacketMemory, WorkerCounters};
+use crate::tls::AlertDescription;
 use crate::tls::handshake::{Agreed, Established};
 use crate::uring::buffer::Extent;
 use crate::uring::probe::{RingError, SetUp};
@@ -40,7 +43,7 @@ use crate::uring::ring::{Bell, PreparedRing, Ring};
 #[cfg(doc)]
 use crate::{proto::send_limit::SendLimit, sys::congestion};
 use connection::InnerSources;
-use crossbeam_queue::SegQueue;
+use crossbeam_queue::{ArrayQueue, SegQueue};
 use handover::Mailbox;
 use slab::Slab;
 use std::any::Any;
@@ -108,13 +111,15 @@ pub struct WorkerSetup {
 pub struct Handoff {
     /// From [`Workers::allocate`].
     pub connection: ConnectionRef,
+    /// Whose share of the worker it uses.
+    pub peer: PeerId,
     /// The outer TCP socket, in blocking mode. Nobody else may hold it for long: it is closed when the worker is done.
     pub socket: Arc<OwnedFd>,
     /// The record layer, and what had been received beyond the handshake.
     pub established: Established,
     /// Which inner source addresses the peer may use.
     pub inner_sources: InnerSources,
-    /// The negotiated offload context and what the *peer* accepts; `None` leaves context 0 only, and no keepalive.
+    /// The negotiated offload context and what the *peer* accepts; `None` leaves context 0 only, and TCP's keepalive.
     pub offload: Option<OffloadHeader>,
     /// What the peer was told that we accept.
     pub accepts: Offloads,
@@ -142,14 +147,31 @@ pub enum PathKind {
 pub enum CloseCause {
     /// Control asked for it.
     Asked,
-    /// The peer ended it.
+    /// The peer ended it in order, by close_notify.
     PeerClosed,
-    /// The socket failed.
+    /// The stream ended without close_notify: the peer's process or host is gone, or somebody on the path ended it.
+    Truncated,
+    /// TCP was reset.
+    Reset,
+    /// The peer ended it by a fatal alert.
+    Alerted(AlertDescription),
+    /// The socket failed, or the record layer.
     Failed(io::Error),
     /// The peer broke the protocol.
     Misbehaved(String),
     /// The peer stayed silent for too long.
     TimedOut,
+}
+
+/// One capsule's place among those of its connection that wait for control; dropping it frees the place.
+#[derive(Clone, Debug, Default)]
+pub struct EventPermit(Arc<()>);
+
+impl EventPermit {
+    /// How many others there are.
+    fn count(&self) -> usize {
+        Arc::strong_count(&self.0) - 1
+    }
 }
 
 /// What a worker tells control.
@@ -161,6 +183,8 @@ pub enum Event {
         connection: ConnectionRef,
         /// The capsule.
         capsule: Capsule,
+        /// To be kept until it has been dealt with: of each connection a few capsules wait at most.
+        permit: EventPermit,
     },
     /// A keepalive stays unanswered: time to race a new connection.
     Unresponsive {
@@ -198,9 +222,11 @@ pub enum Event {
 /// What control tells a worker.
 pub(crate) enum Command {
     Add(Box<Handoff>, Arc<ConnectionStats>),
-    Routes(Arc<RouteTable>),
+    /// There are new routes: [`Inlet::routes`].
+    Routes,
     Send(ConnectionRef, Vec<u8>),
     Close(ConnectionRef, Option<CloseReason>),
+    Abort(ConnectionRef),
     /// All pages of the packet memory are there.
     Register,
     Stop(Option<CloseReason>),
@@ -210,6 +236,8 @@ pub(crate) enum Command {
 pub(crate) struct Inlet {
     pub(crate) bell: Bell,
     pub(crate) commands: SegQueue<Command>,
+    /// The newest routes, unless the worker has them: a table may be large, and older ones are of no use.
+    pub(crate) routes: ArrayQueue<Arc<RouteTable>>,
     pub(crate) mailbox: Mailbox,
 }
 
@@ -353,6 +381,7 @@ impl Workers {
                 Ok(Arc::new(Inlet {
                     bell,
                     commands: SegQueue::new(),
+                    routes: ArrayQueue::new(1),
                     mailbox: Mailbox::new(),
                 }))
             })
@@ -477,8 +506,16 @@ impl Workers {
 
     /// Replaces the routes of every worker.
     pub fn set_routes(&self, routes: Arc<RouteTable>) {
-        for worker in 0..self.workers.len() {
-            self.tell(worker as u16, Command::Routes(Arc::clone(&routes)));
+        for handle in &self.workers {
+            // The worker had not taken the former ones; one command to take some is under way then.
+            let is_new = handle
+                .inlet
+                .routes
+                .force_push(Arc::clone(&routes))
+                .is_none();
+            if is_new {
+                handle.inlet.tell(Command::Routes);
+            }
         }
     }
 
@@ -490,6 +527,11 @@ impl Workers {
     /// Ends a connection, with a CLOSE capsule if a reason is given. [`Event::Closed`] follows.
     pub fn close(&self, connection: ConnectionRef, reason: Option<CloseReason>) {
         self.tell(connection.worker, Command::Close(connection, reason));
+    }
+
+    /// Ends a connection without a word, at once. [`Event::Closed`] follows.
+    pub fn abort(&self, connection: ConnectionRef) {
+        self.tell(connection.worker, Command::Abort(connection));
     }
 
     /// Frees the place of a connection that was never added or that [`Event::Closed`] named.

@@ -1,7 +1,7 @@
 //! The second half of the way out: packets that waited become records.
 
 use super::CloseCause;
-use super::connection::{Connection, Life};
+use super::connection::{Connection, Farewell, Life};
 use super::event_loop::Worker;
 use super::staging::Staging;
 use super::waiting::Outgoing;
@@ -19,6 +19,8 @@ use std::io;
 
 /// Capsules up to this size share records by copy; larger ones are sealed from where they lie.
 const COALESCE_BYTES_MAX: usize = 2048;
+/// Free chunks below which a connection sends from one alone.
+const SECOND_CHUNKS_LEFT_MIN: usize = 3;
 /// Headers of one segment at most, for the estimate of what a super-packet grows to.
 const SEGMENT_HEADERS_BYTES: usize = 128;
 
@@ -61,7 +63,8 @@ impl Worker {
             && connection.recalled.is_empty();
         self.put_back(slot, connection);
         if let Err(error) = sealed {
-            self.close(slot, CloseCause::Failed(io::Error::other(error)), None);
+            let cause = CloseCause::Failed(io::Error::other(error));
+            self.close(slot, cause, Farewell::NONE);
         } else if said_all {
             self.shut(slot);
         }
@@ -106,13 +109,22 @@ impl Worker {
         if !self.make_room(connection, CONTROL_RECORD_BYTES_MAX) {
             return Ok(());
         }
+        let Life::Closing {
+            said_goodbye,
+            alert,
+            ..
+        } = &mut connection.life
+        else {
+            return Ok(());
+        };
         if let Some(chunk) = &mut connection.fill {
-            let bytes = connection.records.close_notify(chunk.tail_mut())?;
+            let bytes = match alert {
+                Some(alert) => connection.records.fatal_alert(*alert, chunk.tail_mut())?,
+                None => connection.records.close_notify(chunk.tail_mut())?,
+            };
             chunk.fill(bytes);
         }
-        if let Life::Closing { said_goodbye, .. } = &mut connection.life {
-            *said_goodbye = true;
-        }
+        *said_goodbye = true;
         Ok(())
     }
 
@@ -251,12 +263,20 @@ impl Worker {
         self.send(connection);
         let busy = connection.fill.is_some()
             || !connection.recalled.is_empty()
-            || connection.sending.is_some() && self.is_short_of(Class::Chunk);
+            || connection.sending.is_some() && self.is_second_chunk_too_many(connection);
         if busy {
             return false; // The socket's completion pumps again.
         }
-        connection.fill = self.chunk_to_send(connection);
+        connection.fill = self.take_send_chunk(connection);
         self.has_room(connection, bytes)
+    }
+}
+
+impl Worker {
+    /// Whether a connection that has a chunk at the socket does without another: few are free, or its peer has its share.
+    fn is_second_chunk_too_many(&mut self, connection: &Connection) -> bool {
+        self.pool.free(Class::Chunk) < SECOND_CHUNKS_LEFT_MIN
+            || !self.may_take(connection, Class::Chunk)
     }
 }
 

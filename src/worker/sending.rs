@@ -1,7 +1,7 @@
 //! The end of the way out: records are written to the socket, or wait for it.
 
 use super::CloseCause;
-use super::connection::{Connection, Life, PARK_AFTER, Sending};
+use super::connection::{Connection, Farewell, Life, PARK_AFTER, Sending};
 use super::event_loop::{Worker, is_hang_up};
 use crate::sys::tcp_info;
 use crate::uring::buffer::{Buffer, Class};
@@ -11,19 +11,6 @@ use nix::errno::Errno;
 use std::os::fd::AsFd;
 
 impl Worker {
-    /// A chunk, but never the last one, which is for those who receive.
-    pub(super) fn chunk_to_send(&mut self, connection: &Connection) -> Option<Buffer> {
-        let chunk = if self.pool.free(Class::Chunk) > 1 {
-            self.pool.take(Class::Chunk)
-        } else {
-            None
-        };
-        if chunk.is_none() {
-            self.starved.push(connection.reference.slot as usize);
-        }
-        chunk
-    }
-
     /// Step 5: writes the chunk, unless one is still being written.
     pub(super) fn send(&mut self, connection: &mut Connection) {
         if connection.sending.is_some()
@@ -82,11 +69,7 @@ impl Worker {
             return;
         }
         sending.recalled = true;
-        connection.in_flight += 1;
-        let generation = connection.reference.generation;
-        let token = |operation| Token::new(operation, slot as u32, generation);
-        self.ring
-            .cancel(token(Operation::ConnectionWrite), token(Operation::Cancel));
+        self.cancel(slot, Operation::ConnectionWrite);
     }
 
     /// The peer is heard again: sees that TCP has something new to send, for it may be waiting for that to find out what the
@@ -105,11 +88,7 @@ impl Worker {
             }
             return;
         }
-        connection.in_flight += 1;
-        let generation = connection.reference.generation;
-        let token = |operation| Token::new(operation, slot as u32, generation);
-        self.ring
-            .cancel(token(Operation::ConnectionWrite), token(Operation::Cancel));
+        self.cancel(slot, Operation::ConnectionWrite);
     }
 
     /// The socket gave the chunk back from `sent` on: what is sealed is kept outside the pool until there is room.
@@ -141,7 +120,7 @@ impl Worker {
     }
 
     fn send_recalled(&mut self, connection: &mut Connection) {
-        let Some(mut chunk) = self.chunk_to_send(connection) else {
+        let Some(mut chunk) = self.take_send_chunk(connection) else {
             return;
         };
         let bytes = connection.recalled.len().min(chunk.capacity());
@@ -204,11 +183,11 @@ impl Worker {
     /// The socket said no: the connection ends, whatever its state.
     pub(super) fn fail(&mut self, slot: usize, error: Errno) {
         let cause = if is_hang_up(error) {
-            CloseCause::PeerClosed
+            CloseCause::Reset
         } else {
             CloseCause::Failed(error.into())
         };
-        self.close(slot, cause, None);
+        self.close(slot, cause, Farewell::NONE);
         self.shut(slot);
     }
 }

@@ -1,8 +1,9 @@
 //! What waits for a connection, and how much memory it may hold meanwhile.
 //!
 //! Nobody is promised memory. A queue may hold as many slots of a class as are free besides a reserve, so that one stalled
-//! connection gets half of them, two get a third each, and whoever comes next finds some. Packets that are on their way
-//! through within this turn of the loop do not count.
+//! connection gets half of them, two of different peers get a third each, and whoever comes next finds some. The queues of
+//! one peer hold twice as much together, however many they are: a peer never has more than two thirds. Packets that are
+//! on their way through within this turn of the loop do not count.
 
 use super::connection::Connection;
 use super::event_loop::{PACKETS_LEFT_MIN, Worker};
@@ -15,9 +16,9 @@ use crate::uring::buffer::{
 /// Of the medium and of the small slots, this part is left to others.
 const RESERVE_SHARE: usize = 8;
 /// Classes of memory as the queue counts them.
-const LARGE: usize = 0;
-const MEDIUM: usize = 1;
-const SMALL: usize = 2;
+pub(super) const LARGE: usize = 0;
+pub(super) const MEDIUM: usize = 1;
+pub(super) const SMALL: usize = 2;
 
 const _: () = assert!(SMALL < CLASSES);
 
@@ -120,13 +121,16 @@ impl Worker {
 
     /// What a queue may hold that has just got `taken` more large slots than it was granted.
     fn bounds(&self, connection: &Connection, taken: usize) -> Bounds {
+        // Two shares for a peer's queues together: one queue has at most one.
+        let queues = self.backlogged_of_peer(connection) + 1;
+        let of_peer = |slots: usize| (slots * 2 / queues).min(slots);
         let large = self.pool.free(Class::Packet) + taken;
         let besides_reserve = |class| {
             let reserve = self.pool.slots(class) / RESERVE_SHARE;
-            self.pool.free(class).saturating_sub(reserve).max(1)
+            of_peer(self.pool.free(class).saturating_sub(reserve)).max(1)
         };
         let mut slots_max = [0; CLASSES];
-        slots_max[LARGE] = large.saturating_sub(PACKETS_LEFT_MIN);
+        slots_max[LARGE] = of_peer(large.saturating_sub(PACKETS_LEFT_MIN));
         slots_max[MEDIUM] = besides_reserve(Class::Medium);
         slots_max[SMALL] = besides_reserve(Class::Small);
         Bounds {
@@ -137,6 +141,24 @@ impl Worker {
 
     fn queue_bytes_max(&self, connection: &Connection) -> usize {
         self.queue_bytes_max.min(connection.path.queue_bytes_max())
+    }
+
+    /// Drops what a backlogged queue holds above its bounds, which shrink as others need memory. A queue to which nothing is
+    /// added any more would keep it for as long as its peer takes nothing.
+    pub(super) fn keep_to_bounds(&mut self, slot: usize) {
+        let classes = [Class::Packet, Class::Medium, Class::Small];
+        if !classes.into_iter().any(|class| self.is_short_of(class)) {
+            return;
+        }
+        let Some(mut connection) = self.take_out(slot) else {
+            return;
+        };
+        if connection.queue.is_backlogged() {
+            let bounds = self.bounds(&connection, 0);
+            let admit = connection.queue.keep_to(&bounds);
+            self.release_dropped(&mut connection, admit);
+        }
+        self.put_back(slot, connection);
     }
 
     fn release_dropped(&mut self, connection: &mut Connection, admit: Admit) {

@@ -3,6 +3,7 @@
 use super::packets::lease;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ringtun::config::{Cipher, IoMode};
+use ringtun::proto::budget::PeerId;
 use ringtun::proto::http::OffloadHeader;
 use ringtun::proto::offload::{GSO_UDP_L4, Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr, segment};
 use ringtun::proto::route_table::{
@@ -233,6 +234,7 @@ impl End {
     ) {
         self.workers_mut().add(Handoff {
             connection,
+            peer: terms.peer,
             socket: Arc::new(outer.socket.into()),
             established: outer.established,
             inner_sources: sources,
@@ -303,6 +305,8 @@ fn session(connections: &[ConnectionRef], sparse: Option<ConnectionRef>) -> Sess
 /// What client and server have agreed on.
 #[derive(Clone, Debug)]
 pub struct Terms {
+    /// Whose connections they are, on the other end.
+    pub peer: PeerId,
     pub connections: usize,
     /// What both accept; `None` for a foreign end that knows context 0 only.
     pub offload: Option<Offloads>,
@@ -312,6 +316,7 @@ pub struct Terms {
 impl Default for Terms {
     fn default() -> Self {
         Self {
+            peer: PeerId::default(),
             connections: 1,
             offload: Some(Offloads::ALL),
             client_may_use: lease(),

@@ -5,9 +5,10 @@ use super::packets::*;
 use super::peer::{Peer, Received, offloaded, plain};
 use ringtun::config::IoMode;
 use ringtun::proto::capsule::{
-    Capsule, DATAGRAM_PAYLOAD_BYTES_MAX, datagram_header, kind, put_varint,
+    Capsule, CloseReason, DATAGRAM_PAYLOAD_BYTES_MAX, datagram_header, kind, put_varint,
 };
 use ringtun::proto::offload::{GSO_NONE, GSO_TCPV6, GSO_UDP_L4, Offloads, VirtioNetHdr};
+use ringtun::tls::AlertDescription;
 use ringtun::worker::CloseCause;
 use rstest::rstest;
 use std::io::Write;
@@ -189,26 +190,34 @@ fn garbage_ends_its_own_connection_only() {
     let mut record = altered.0.seal(&plain(&numbered(5000, 1)));
     *record.last_mut().unwrap() ^= 1;
     altered.0.socket.write_all(&record).unwrap();
-    let mut misbehaving = vec![altered];
-    for garbage in [
-        &b"GET / HTTP/1.1\r\nHost: files.example.net\r\n\r\n"[..],
-        &[0; 100],
-        &[23, 3, 3, 0xff, 0xff],
-        &[23, 3, 3, 0, 1, 0],
+    let mut misbehaving = vec![(
+        altered,
+        vec![Received::Alert(AlertDescription::BadRecordMac)],
+    )];
+    for (garbage, alert) in [
+        (
+            &b"GET / HTTP/1.1\r\nHost: files.example.net\r\n\r\n"[..],
+            AlertDescription::UnexpectedMessage,
+        ),
+        (&[0; 100], AlertDescription::UnexpectedMessage),
+        (&[23, 3, 3, 0xff, 0xff], AlertDescription::RecordOverflow),
+        (&[23, 3, 3, 0, 1, 0], AlertDescription::BadRecordMac),
     ] {
         let mut peer = Peer::join(&mut server, &terms);
         peer.0.socket.write_all(garbage).unwrap();
-        misbehaving.push(peer);
+        misbehaving.push((peer, vec![Received::Alert(alert)]));
     }
     for bytes in malformed_capsules() {
         let mut peer = Peer::join(&mut server, &terms);
         peer.0.write(&bytes);
-        misbehaving.push(peer);
+        let told = Capsule::Close(CloseReason::Misbehaved);
+        misbehaving.push((peer, vec![Received::Capsule(told), Received::CloseNotify]));
     }
     let mut left: Vec<_> = misbehaving
         .iter()
-        .map(|(_, connection)| *connection)
+        .map(|((_, connection), _)| *connection)
         .collect();
+    let count = left.len() as u64;
     while !left.is_empty() {
         match server.event() {
             ringtun::worker::Event::Closed {
@@ -219,9 +228,12 @@ fn garbage_ends_its_own_connection_only() {
         }
         assert_goes_on(&server);
     }
-    for (mut peer, _) in misbehaving {
-        assert_eq!(peer.receive(), Received::CloseNotify);
+    for ((mut peer, _), told) in misbehaving {
+        for expected in told {
+            assert_eq!(peer.receive(), expected);
+        }
     }
+    assert_eq!(server.count("ended_misbehaved"), count);
 }
 
 /// More packets in one read than the completion queue has entries.

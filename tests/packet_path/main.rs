@@ -3,6 +3,7 @@
 //! Only the TUN queues are stand-ins: a Unix datagram socket keeps the boundaries of packets just so. Nothing here
 //! needs a privilege.
 
+mod budget;
 mod congestion;
 mod counters;
 mod delivery;

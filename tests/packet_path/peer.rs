@@ -8,7 +8,7 @@ use ringtun::proto::route_table::ConnectionRef;
 use ringtun::tls::record::{
     CONTROL_RECORD_BYTES_MAX, RECORD_PLAINTEXT_BYTES_MAX, record_bytes, sealed_bytes,
 };
-use ringtun::tls::{ContentType, RecordLayer, Signal};
+use ringtun::tls::{AlertDescription, ContentType, RecordError, RecordLayer, Signal};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
@@ -24,6 +24,8 @@ pub enum Received {
     Offloaded(VirtioNetHdr, Vec<u8>),
     Capsule(Capsule),
     CloseNotify,
+    /// A fatal alert.
+    Alert(AlertDescription),
     /// The socket's end.
     End,
 }
@@ -118,10 +120,12 @@ impl Peer {
                 if (opened.content_type, body[0]) == (ContentType::Handshake, KEY_UPDATE) {
                     self.key_updates += 1;
                 }
-                match self.records.handle(opened.content_type, body).unwrap() {
-                    Signal::None => {}
-                    Signal::CloseNotify => return Received::CloseNotify,
-                    Signal::ReplyKeyUpdate => panic!("workers never ask for this"),
+                match self.records.handle(opened.content_type, body) {
+                    Ok(Signal::None) => {}
+                    Ok(Signal::CloseNotify) => return Received::CloseNotify,
+                    Ok(Signal::ReplyKeyUpdate) => panic!("workers never ask for this"),
+                    Err(RecordError::PeerAlert(alert)) => return Received::Alert(alert),
+                    Err(error) => panic!("{error}"),
                 }
             }
         }
