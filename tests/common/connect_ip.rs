@@ -18,6 +18,8 @@ pub const ADDRESS_ASSIGN: u64 = 1;
 pub const ADDRESS_REQUEST: u64 = 2;
 /// RFC 9484, section 4.7.3.
 pub const ROUTE_ADVERTISEMENT: u64 = 3;
+/// ringtun's own: why the connection ends.
+pub const CLOSE: u64 = 0x2b73_c5a6;
 /// A type of the form that RFC 9297, section 5.4 keeps without meaning.
 pub const MEANINGLESS: u64 = 0x29 * 1_000_003 + 0x17;
 
@@ -58,6 +60,11 @@ pub struct Receiver {
 
 /// Connects from a host, upgrades with `token`, and returns the two halves.
 pub fn open(host: &Host, to: SocketAddr, token: &str) -> (Sender, Receiver) {
+    open_with(host, to, token, "")
+}
+
+/// Connects as [`open`] does, with further header fields, each ended by CR LF.
+pub fn open_with(host: &Host, to: SocketAddr, token: &str, fields: &str) -> (Sender, Receiver) {
     let mut stream = tls_client::connect(host, to).expect("TLS");
     let request = format!(
         "GET /.well-known/masque/ip/*/*/ HTTP/1.1\r\n\
@@ -65,7 +72,7 @@ pub fn open(host: &Host, to: SocketAddr, token: &str) -> (Sender, Receiver) {
          Connection: Upgrade\r\n\
          Upgrade: connect-ip\r\n\
          Capsule-Protocol: ?1\r\n\
-         Authorization: Bearer {token}\r\n\r\n"
+         Authorization: Bearer {token}\r\n{fields}\r\n"
     );
     stream
         .write_all(request.as_bytes())
