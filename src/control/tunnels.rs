@@ -13,7 +13,7 @@ use super::peer_accounts::{Account, Accounts};
 use super::status::{Subject, connection};
 use crate::keeper::request::{Peer, SavedLease};
 use crate::proto::address_pool::{AddressPool, Lease, PoolExhausted};
-use crate::proto::capsule::{Capsule, CloseReason, DnsAssign, IpAddressRange};
+use crate::proto::capsule::{Capsule, CloseReason, DnsAssign, EncodeError, IpAddressRange};
 use crate::proto::http::{InstanceId, OffloadHeader, Token};
 use crate::proto::offload::Offloads;
 use crate::proto::route_table::{ConnectionRef, SPARSE_ORDINAL};
@@ -36,15 +36,18 @@ pub struct Offer {
 
 impl Offer {
     /// The capsules that a new tunnel begins with. Nameservers follow the routes that lead to them, as the draft wants.
-    pub fn capsules(&self, lease: Lease) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// What the server offers is not what the protocol allows.
+    pub fn capsules(&self, lease: Lease) -> Result<Vec<u8>, EncodeError> {
         let mut capsules = Vec::new();
-        Capsule::AddressAssign(session::assignment(lease)).encode(&mut capsules);
-        Capsule::RouteAdvertisement(self.routes.clone()).encode(&mut capsules);
+        Capsule::AddressAssign(session::assignment(lease)).encode(&mut capsules)?;
+        Capsule::RouteAdvertisement(self.routes.clone()).encode(&mut capsules)?;
         if !self.dns.is_empty() {
             Capsule::DnsAssign(DnsAssign::plain(self.dns.iter().copied(), Vec::new()))
-                .encode(&mut capsules);
+                .encode(&mut capsules)?;
         }
-        capsules
+        Ok(capsules)
     }
 }
 
@@ -293,10 +296,12 @@ impl Tunnels {
         };
         match capsule {
             Capsule::AddressRequest(requested) => {
-                let mut answer = Vec::new();
-                Capsule::AddressAssign(session::answer(session.lease, requested))
-                    .encode(&mut answer);
-                self.workers().send(connection, answer);
+                let answer =
+                    Capsule::AddressAssign(session::answer(session.lease, requested)).to_bytes();
+                match answer {
+                    Ok(answer) => self.workers().send(connection, answer),
+                    Err(error) => tracing::error!("an ADDRESS_REQUEST is not answered: {error}"),
+                }
             }
             // A client has no addresses, routes or nameservers for us; its goodbye is followed by the end itself.
             other => tracing::debug!("ignored: {other:?}"),

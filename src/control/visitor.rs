@@ -243,7 +243,7 @@ async fn tunnel(
         Ok(admitted) => admitted,
         Err(reason) => {
             tracing::info!("{source}: not taken: {reason}");
-            Capsule::Close(reason).encode(&mut answer);
+            Capsule::put_close(reason, &mut answer);
             stream.write(&answer, deadline).await?;
             stream.close().await;
             return Ok(());
@@ -258,7 +258,16 @@ async fn tunnel(
             );
         }
     }
-    answer.extend(house.offer.capsules(admitted.lease));
+    match house.offer.capsules(admitted.lease) {
+        Ok(capsules) => answer.extend(capsules),
+        Err(error) => {
+            tracing::error!("{source}: not taken: {error}");
+            Capsule::put_close(CloseReason::Shutdown, &mut answer);
+            stream.write(&answer, deadline).await?;
+            stream.close().await;
+            return Ok(());
+        }
+    }
     stream.write(&answer, deadline).await?;
     let (socket, established) = stream.into_parts()?;
     house.tunnels.borrow_mut().establish(NewTunnel {

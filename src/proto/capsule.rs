@@ -118,6 +118,23 @@ pub enum CapsuleError {
     PingBytes(usize),
 }
 
+/// Why a [`Capsule`] cannot be sent. Nothing is written then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    /// The value would be longer than every receiver accepts.
+    #[error("a capsule's value has {0} bytes, more than the {CONTROL_BYTES_MAX} allowed")]
+    TooLong(usize),
+    /// A request id or a close reason is above [`VARINT_MAX`].
+    #[error("{0} does not fit into a variable-length integer")]
+    IntegerRange(u64),
+    /// The two ends of an address range are of different IP versions.
+    #[error("an address range has two IP versions")]
+    RangeVersions,
+    /// A receiver would refuse the value as malformed.
+    #[error("the receiver would refuse the capsule")]
+    Refused(#[source] CapsuleError),
+}
+
 /// One entry of an ADDRESS_ASSIGN or ADDRESS_REQUEST.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AssignedAddress {
@@ -145,6 +162,12 @@ impl AssignedAddress {
     /// "Any IPv6 address": as a request without a preference, or as the refusal of a request.
     pub fn unspecified_v6(request_id: u64) -> Self {
         Self::host(request_id, IpAddr::V6(Ipv6Addr::UNSPECIFIED))
+    }
+
+    /// The bytes that the entry takes in a capsule's value.
+    pub fn encoded_bytes(&self) -> usize {
+        let address_bytes = if self.prefix.addr().is_ipv4() { 4 } else { 16 };
+        varint_bytes(self.request_id) + 1 + address_bytes + 1
     }
 
     /// Whether the address is all-zero: no preference in a request, a refusal in an assignment.
@@ -317,43 +340,69 @@ impl Capsule {
         }
     }
 
-    /// Appends the capsule, header and value. Routes are put in RFC 9484's order; that they do not overlap is the
-    /// caller's to see to.
+    /// Appends the capsule, header and value. Routes are put in RFC 9484's order.
     ///
-    /// # Panics
-    /// When the value is one that the protocol does not allow: a prefix with host bits set, a range of two IP
-    /// versions, a domain name above 255 bytes, a value above [`CONTROL_BYTES_MAX`].
-    pub fn encode(&self, out: &mut Vec<u8>) {
+    /// # Errors
+    /// The value is one that the protocol does not allow, or longer than [`CONTROL_BYTES_MAX`]. Nothing is appended.
+    pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+        let value = self.value()?;
+        if value.len() > CONTROL_BYTES_MAX {
+            return Err(EncodeError::TooLong(value.len()));
+        }
+        // Checked by the rules of the receiver, so that there is only one set of rules.
+        Capsule::decode(self.kind(), &value).map_err(EncodeError::Refused)?;
+        put_capsule(self.kind(), &value, out);
+        Ok(())
+    }
+
+    fn value(&self) -> Result<Vec<u8>, EncodeError> {
         let mut value = Vec::new();
         match self {
             Capsule::AddressAssign(addresses) | Capsule::AddressRequest(addresses) => {
-                addresses
-                    .iter()
-                    .for_each(|address| put_address(address, &mut value));
+                for address in addresses {
+                    put_address(address, &mut value)?;
+                }
             }
             Capsule::RouteAdvertisement(ranges) => {
                 let mut ranges = ranges.clone();
                 ranges.sort_by(IpAddressRange::order);
-                ranges.iter().for_each(|range| put_range(range, &mut value));
+                for range in &ranges {
+                    put_range(range, &mut value)?;
+                }
             }
             Capsule::DnsAssign(dns) => dns.encode(&mut value),
             Capsule::Ping(bytes) | Capsule::Pong(bytes) => value.extend_from_slice(bytes),
-            Capsule::Close(reason) => put_varint(&mut value, reason.code()),
+            Capsule::Close(reason) => put_varint(&mut value, checked_integer(reason.code())?),
         }
-        assert!(
-            value.len() <= CONTROL_BYTES_MAX,
-            "a capsule that peers refuse"
-        );
-        put_varint(out, self.kind());
-        put_varint(out, value.len() as u64);
-        out.extend_from_slice(&value);
+        Ok(value)
     }
 
     /// The capsule in a vector of its own.
-    pub fn to_bytes(&self) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// As [`Capsule::encode`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>, EncodeError> {
         let mut out = Vec::new();
-        self.encode(&mut out);
-        out
+        self.encode(&mut out)?;
+        Ok(out)
+    }
+
+    /// Appends a PING. Unlike [`Capsule::encode`] this cannot fail.
+    pub fn put_ping(payload: [u8; PING_BYTES], out: &mut Vec<u8>) {
+        put_capsule(kind::PING, &payload, out);
+    }
+
+    /// Appends a PONG. Unlike [`Capsule::encode`] this cannot fail.
+    pub fn put_pong(payload: [u8; PING_BYTES], out: &mut Vec<u8>) {
+        put_capsule(kind::PONG, &payload, out);
+    }
+
+    /// Appends a CLOSE. A code above [`VARINT_MAX`], which no decoder makes, is sent as [`VARINT_MAX`]: unlike
+    /// [`Capsule::encode`] this cannot fail.
+    pub fn put_close(reason: CloseReason, out: &mut Vec<u8>) {
+        let mut value = Vec::new();
+        put_varint(&mut value, reason.code());
+        put_capsule(kind::CLOSE, &value, out);
     }
 
     /// Reads a capsule's value. `None` for a type that is not known here, DATAGRAM included.
@@ -418,7 +467,7 @@ impl DatagramHeader {
 /// The header of a DATAGRAM whose payload (after the context id) is `payload_bytes` long, in the fewest bytes.
 ///
 /// # Panics
-/// When `payload_bytes` is above [`DATAGRAM_PAYLOAD_BYTES_MAX`] or `context` above [`VARINT_MAX`].
+/// When `payload_bytes` is above [`DATAGRAM_PAYLOAD_BYTES_MAX`]: packets of the local TUN never are.
 #[inline]
 pub fn datagram_header(context: u64, payload_bytes: usize) -> DatagramHeader {
     assert!(
@@ -439,6 +488,20 @@ pub fn datagram_header(context: u64, payload_bytes: usize) -> DatagramHeader {
     }
 }
 
+fn put_capsule(kind: u64, value: &[u8], out: &mut Vec<u8>) {
+    put_varint(out, kind);
+    put_varint(out, value.len() as u64);
+    out.extend_from_slice(value);
+}
+
+fn checked_integer(value: u64) -> Result<u64, EncodeError> {
+    if value <= VARINT_MAX {
+        Ok(value)
+    } else {
+        Err(EncodeError::IntegerRange(value))
+    }
+}
+
 fn put_ip(address: IpAddr, out: &mut Vec<u8>) {
     match address {
         IpAddr::V4(address) => out.extend_from_slice(&address.octets()),
@@ -450,28 +513,23 @@ fn version_of(address: IpAddr) -> u8 {
     if address.is_ipv4() { 4 } else { 6 }
 }
 
-fn put_address(address: &AssignedAddress, out: &mut Vec<u8>) {
-    assert_eq!(
-        address.prefix,
-        address.prefix.trunc(),
-        "an assigned prefix has no host bits"
-    );
-    put_varint(out, address.request_id);
+fn put_address(address: &AssignedAddress, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+    put_varint(out, checked_integer(address.request_id)?);
     out.push(version_of(address.prefix.addr()));
     put_ip(address.prefix.addr(), out);
     out.push(address.prefix.prefix_len());
+    Ok(())
 }
 
-fn put_range(range: &IpAddressRange, out: &mut Vec<u8>) {
-    assert_eq!(
-        range.start.is_ipv4(),
-        range.end.is_ipv4(),
-        "a range is of one IP version"
-    );
+fn put_range(range: &IpAddressRange, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+    if range.start.is_ipv4() != range.end.is_ipv4() {
+        return Err(EncodeError::RangeVersions);
+    }
     out.push(version_of(range.start));
     put_ip(range.start, out);
     put_ip(range.end, out);
     out.push(range.protocol);
+    Ok(())
 }
 
 /// What is left of a capsule's value.
@@ -652,7 +710,7 @@ mod tests {
         ];
         expected.extend([0; 12]);
         expected.push(64);
-        assert_eq!(capsule.to_bytes(), expected);
+        assert_eq!(capsule.to_bytes(), Ok(expected));
     }
 
     #[test]
@@ -665,19 +723,97 @@ mod tests {
         expected.extend([0; 16]);
         expected.extend([255; 16]);
         expected.push(0);
-        assert_eq!(capsule.to_bytes(), expected);
+        assert_eq!(capsule.to_bytes(), Ok(expected));
     }
 
     #[test]
     fn pings_and_closes_are_as_documented() {
         let ping = Capsule::Ping(*b"01234567").to_bytes();
-        assert_eq!(ping, b"\xab\x73\xc5\xa4\x0801234567");
+        assert_eq!(ping.unwrap(), b"\xab\x73\xc5\xa4\x0801234567");
         let pong = Capsule::Pong(*b"01234567").to_bytes();
-        assert_eq!(pong, b"\xab\x73\xc5\xa5\x0801234567");
+        assert_eq!(pong.unwrap(), b"\xab\x73\xc5\xa5\x0801234567");
         assert_eq!(
-            Capsule::Close(CloseReason::Superseded).to_bytes(),
+            Capsule::Close(CloseReason::Superseded).to_bytes().unwrap(),
             b"\xab\x73\xc5\xa6\x01\x01"
         );
+    }
+
+    #[test]
+    fn what_cannot_fail_is_encoded_the_same_way() {
+        let mut direct = Vec::new();
+        Capsule::put_ping(*b"01234567", &mut direct);
+        Capsule::put_pong(*b"76543210", &mut direct);
+        Capsule::put_close(CloseReason::Other(VARINT_MAX), &mut direct);
+        let mut encoded = Vec::new();
+        for capsule in [
+            Capsule::Ping(*b"01234567"),
+            Capsule::Pong(*b"76543210"),
+            Capsule::Close(CloseReason::Other(VARINT_MAX)),
+        ] {
+            capsule.encode(&mut encoded).unwrap();
+        }
+        assert_eq!(direct, encoded);
+        Capsule::put_close(CloseReason::Other(u64::MAX), &mut direct);
+        let last = Capsule::Close(CloseReason::Other(VARINT_MAX));
+        last.encode(&mut encoded).unwrap();
+        assert_eq!(direct, encoded, "saturated");
+    }
+
+    #[test]
+    fn what_receivers_refuse_is_not_encoded() {
+        let refused = |capsule: Capsule| {
+            let mut out = b"before".to_vec();
+            let refused = capsule.encode(&mut out).expect_err("refused");
+            assert_eq!(out, b"before");
+            refused
+        };
+        let host = AssignedAddress::unspecified_v4;
+        let with_host_bits: IpNet = "10.0.0.1/24".parse().unwrap();
+        let range = |start: &str, end: &str| IpAddressRange {
+            start: start.parse().unwrap(),
+            end: end.parse().unwrap(),
+            protocol: 0,
+        };
+        let cases = [
+            (
+                Capsule::AddressAssign(vec![host(1); 2341]),
+                EncodeError::TooLong(16_387),
+            ),
+            (
+                Capsule::AddressAssign(vec![host(VARINT_MAX + 1)]),
+                EncodeError::IntegerRange(VARINT_MAX + 1),
+            ),
+            (
+                Capsule::Close(CloseReason::Other(u64::MAX)),
+                EncodeError::IntegerRange(u64::MAX),
+            ),
+            (
+                Capsule::AddressAssign(vec![AssignedAddress {
+                    request_id: 0,
+                    prefix: with_host_bits,
+                }]),
+                EncodeError::Refused(CapsuleError::HostBits(with_host_bits)),
+            ),
+            (
+                Capsule::AddressRequest(vec![]),
+                EncodeError::Refused(CapsuleError::EmptyRequest),
+            ),
+            (
+                Capsule::RouteAdvertisement(vec![range("10.0.0.1", "::1")]),
+                EncodeError::RangeVersions,
+            ),
+            (
+                Capsule::RouteAdvertisement(vec![range("10.0.0.1", "10.0.0.1"); 2]),
+                EncodeError::Refused(CapsuleError::RangeOrder),
+            ),
+            (
+                Capsule::DnsAssign(DnsAssign::plain([], vec!["a".repeat(256)])),
+                EncodeError::Refused(CapsuleError::Domain),
+            ),
+        ];
+        for (capsule, error) in cases {
+            assert_eq!(refused(capsule), error);
+        }
     }
 
     #[test]
@@ -860,7 +996,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_encoded_is_decoded(capsule in capsule()) {
-            let bytes = capsule.to_bytes();
+            let bytes = capsule.to_bytes().unwrap();
             let (kind, value) = split(&bytes);
             prop_assert_eq!(kind, capsule.kind());
             prop_assert_eq!(Capsule::decode(kind, value), Ok(Some(capsule)));
@@ -869,7 +1005,7 @@ mod tests {
         /// No prefix of a value is taken for the whole, but where the protocol has lists without a count.
         #[test]
         fn a_cut_value_is_never_misread(capsule in capsule(), cut in any::<prop::sample::Index>()) {
-            let bytes = capsule.to_bytes();
+            let bytes = capsule.to_bytes().unwrap();
             let (kind, value) = split(&bytes);
             prop_assume!(!value.is_empty());
             let cut = cut.index(value.len());
@@ -882,7 +1018,7 @@ mod tests {
             value in prop::collection::vec(prop_oneof![any::<u8>(), 0..8_u8], 0..120),
         ) {
             if let Ok(Some(capsule)) = Capsule::decode(kind, &value) {
-                let bytes = capsule.to_bytes();
+                let bytes = capsule.to_bytes().unwrap();
                 let (kind, value) = split(&bytes);
                 prop_assert_eq!(Capsule::decode(kind, value), Ok(Some(capsule)));
             }

@@ -370,7 +370,7 @@ mod tests {
                     }
                     Part::Capsule(capsule) => {
                         let start = stream.len();
-                        capsule.encode(&mut stream);
+                        capsule.encode(&mut stream).unwrap();
                         let (_, kind_bytes) = get_varint(&stream[start..]).unwrap();
                         let (_, length_bytes) = get_varint(&stream[start + kind_bytes..]).unwrap();
                         let value = stream[start + kind_bytes + length_bytes..].to_vec();

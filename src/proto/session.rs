@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::address_pool::Lease;
-use super::capsule::{AssignedAddress, CloseReason};
+use super::capsule::{AssignedAddress, CONTROL_BYTES_MAX, CloseReason};
 use super::http::InstanceId;
 use super::route_table::{
     ConnectionRef, Member, RouteTable, SPARSE_ORDINAL, SessionId, SessionRoute,
@@ -302,20 +302,43 @@ pub fn assignment(lease: Lease) -> Vec<AssignedAddress> {
 /// The ADDRESS_ASSIGN that answers an ADDRESS_REQUEST: RFC 9484, section 4.7.2.
 ///
 /// Whatever was asked for, a session has its lease and nothing else: the first request of each family is answered
-/// with it, further ones are refused.
+/// with it, further ones are refused. The answer never has more than [`CONTROL_BYTES_MAX`] bytes: an address of the
+/// family that was not asked for may leave no room for the last refusals, and those are left out.
 pub fn answer(lease: Lease, requested: &[AssignedAddress]) -> Vec<AssignedAddress> {
-    let mut assigned = assignment(lease);
-    for request in requested {
-        let is_v6 = matches!(request.prefix, IpNet::V6(_));
-        let own = &mut assigned[usize::from(is_v6)];
-        if own.request_id == 0 {
-            own.request_id = request.request_id;
-        } else if is_v6 {
-            assigned.push(AssignedAddress::unspecified_v6(request.request_id));
-        } else {
-            assigned.push(AssignedAddress::unspecified_v4(request.request_id));
-        }
+    let of_family = |is_v6: bool| {
+        move |request: &&AssignedAddress| matches!(request.prefix, IpNet::V6(_)) == is_v6
+    };
+    let first_id = |is_v6: bool| {
+        let first = requested.iter().find(of_family(is_v6));
+        first.map_or(0, |request| request.request_id)
+    };
+    let mut assigned = vec![
+        AssignedAddress::host(first_id(false), lease.v4.into()),
+        AssignedAddress::host(first_id(true), lease.v6.into()),
+    ];
+    let (mut seen_v4, mut seen_v6) = (false, false);
+    let refusals = requested.iter().filter_map(|request| {
+        let (seen, refusal) = match request.prefix {
+            IpNet::V4(_) => (
+                &mut seen_v4,
+                AssignedAddress::unspecified_v4(request.request_id),
+            ),
+            IpNet::V6(_) => (
+                &mut seen_v6,
+                AssignedAddress::unspecified_v6(request.request_id),
+            ),
+        };
+        std::mem::replace(seen, true).then_some(refusal)
+    });
+    let mut bytes_left = CONTROL_BYTES_MAX;
+    for address in &assigned {
+        bytes_left = bytes_left.saturating_sub(address.encoded_bytes());
     }
+    assigned.extend(refusals.take_while(|refusal| {
+        let left = bytes_left.checked_sub(refusal.encoded_bytes());
+        bytes_left = left.unwrap_or(0);
+        left.is_some()
+    }));
     assigned
 }
 
@@ -325,6 +348,7 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::super::capsule::{Capsule, kind};
     use super::*;
 
     fn lease(host: u8) -> Lease {
@@ -509,6 +533,39 @@ mod tests {
                 request(8, "0.0.0.0/32"),
             ]
         );
+    }
+
+    /// The entries of a request of `bytes` bytes, as they are once it has been decoded.
+    fn full_request(entry: &[u8], bytes: usize) -> Vec<AssignedAddress> {
+        let value = entry.repeat(bytes / entry.len());
+        match Capsule::decode(kind::ADDRESS_REQUEST, &value) {
+            Ok(Some(Capsule::AddressRequest(requested))) => requested,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_largest_requests_have_answers_that_fit() {
+        let v4 = [&[1, 4][..], &[0; 4], &[32]].concat();
+        let v6 = [&[1, 6][..], &[0; 16], &[128]].concat();
+        let mixed = [&v4[..], &v6].concat();
+        for (entry, count) in [(&v4, 2_340), (&v6, 862), (&mixed, 1_260)] {
+            let requested = full_request(entry, CONTROL_BYTES_MAX);
+            assert_eq!(requested.len(), count);
+            let answered = answer(lease(7), &requested);
+            let unasked = usize::from(
+                requested
+                    .iter()
+                    .all(|one| one.prefix == requested[0].prefix),
+            );
+            assert!(answered.len() + 3 >= count + unasked, "{}", answered.len());
+            assert!(answered[..2].iter().all(|lease| !lease.is_unspecified()));
+            assert!(answered[2..].iter().all(AssignedAddress::is_unspecified));
+            assert!(answered[2..].iter().all(|refusal| refusal.request_id == 1));
+            Capsule::AddressAssign(answered)
+                .to_bytes()
+                .expect("it fits");
+        }
     }
 
     #[derive(Clone, Debug)]

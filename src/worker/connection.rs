@@ -347,7 +347,7 @@ impl Connection {
 
     /// Has the peer asked for an answer.
     pub(super) fn add_ping(&mut self, now: Instant) {
-        Capsule::Ping(now.as_nanos().to_be_bytes()).encode(&mut self.capsules);
+        Capsule::put_ping(now.as_nanos().to_be_bytes(), &mut self.capsules);
     }
 
     /// Makes known what memory the connection holds.

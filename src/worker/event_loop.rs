@@ -543,7 +543,7 @@ impl Worker {
             return;
         }
         if let Some(reason) = reason {
-            Capsule::Close(reason).encode(&mut connection.capsules);
+            Capsule::put_close(reason, &mut connection.capsules);
         }
         let flushable = match &cause {
             CloseCause::Asked

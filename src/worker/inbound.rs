@@ -559,7 +559,7 @@ impl Worker {
                 connection.stats.counters.refused_pings.add(1);
             }
             Some(Capsule::Ping(payload)) => {
-                Capsule::Pong(payload).encode(&mut connection.capsules);
+                Capsule::put_pong(payload, &mut connection.capsules);
                 self.wants_pump(connection);
             }
             Some(capsule) => match connection.events.take() {

@@ -269,7 +269,7 @@ fn pings_of_a_peer_that_does_not_read_do_not_pile_up() {
     let (mut peer, connection) = Peer::join(&mut server, &Terms::default());
     server.route_lease(&[connection]);
     let mut ping = Vec::new();
-    Capsule::Ping(*b"are you?").encode(&mut ping);
+    Capsule::put_ping(*b"are you?", &mut ping);
     let pings = ping.repeat(10_000);
     for _ in 0..PINGS / 10_000 {
         peer.write(&pings);

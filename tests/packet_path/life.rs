@@ -78,7 +78,7 @@ fn capsules_reach_control_and_the_peer() {
     assert_told(&server.event(), connection, &request);
     let answer = Capsule::AddressAssign(vec![AssignedAddress::host(1, CLIENT.into())]);
     let mut bytes = Vec::new();
-    answer.encode(&mut bytes);
+    answer.encode(&mut bytes).unwrap();
     server.workers().send(connection, bytes);
     assert_eq!(peer.receive(), Received::Capsule(answer));
 }

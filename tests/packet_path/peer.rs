@@ -81,7 +81,7 @@ impl Peer {
 
     pub fn write_capsule(&mut self, capsule: &Capsule) {
         let mut bytes = Vec::new();
-        capsule.encode(&mut bytes);
+        capsule.encode(&mut bytes).unwrap();
         self.write(&bytes);
     }
 

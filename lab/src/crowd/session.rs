@@ -245,7 +245,7 @@ impl Session {
         }
         if self.pinged.is_none() && now >= self.last_heard_or_said + IDLE_AFTER {
             let mut ping = Vec::new();
-            Capsule::Ping((self.number as u64).to_be_bytes()).encode(&mut ping);
+            Capsule::put_ping((self.number as u64).to_be_bytes(), &mut ping);
             self.tls.write(&ping)?;
             self.pinged = Some(now);
         }
@@ -324,7 +324,7 @@ impl Session {
                 }
                 Frame::Control { kind, value, end } => {
                     match Capsule::decode(kind, &stream[value])? {
-                        Some(Capsule::Ping(bytes)) => Capsule::Pong(bytes).encode(&mut answers),
+                        Some(Capsule::Ping(bytes)) => Capsule::put_pong(bytes, &mut answers),
                         Some(Capsule::Close(reason)) => return Err(Failure::Closed(reason)),
                         Some(Capsule::AddressAssign(assigned)) => {
                             let mut addresses = assigned.iter().map(|one| one.prefix.addr());

@@ -5,32 +5,29 @@ pub const VARINT_MAX: u64 = (1 << 62) - 1;
 /// The longest encoding.
 pub const VARINT_BYTES_MAX: usize = 8;
 
-/// The bytes of the shortest encoding of `value`.
-///
-/// # Panics
-/// When `value` is above [`VARINT_MAX`].
+/// The bytes of the shortest encoding of `value`, which is at most [`VARINT_MAX`].
 #[inline]
 pub const fn varint_bytes(value: u64) -> usize {
     match value {
         0..=0x3f => 1,
         0x40..=0x3fff => 2,
         0x4000..=0x3fff_ffff => 4,
-        0x4000_0000..=VARINT_MAX => 8,
-        _ => panic!("a variable-length integer has at most 62 bits"),
+        _ => 8,
     }
 }
 
-/// Appends the shortest encoding of `value`.
-///
-/// # Panics
-/// When `value` is above [`VARINT_MAX`].
+/// Appends the shortest encoding of `value`. A value above [`VARINT_MAX`] cannot be expressed and becomes
+/// [`VARINT_MAX`].
 pub fn put_varint(out: &mut Vec<u8>, value: u64) {
-    let mut bytes = [0; VARINT_BYTES_MAX];
-    let length = write_varint(&mut bytes, value);
-    out.extend_from_slice(&bytes[..length]);
+    match varint_bytes(value) {
+        1 => out.push(value as u8),
+        2 => out.extend_from_slice(&(value as u16 | 1 << 14).to_be_bytes()),
+        4 => out.extend_from_slice(&(value as u32 | 2 << 30).to_be_bytes()),
+        _ => out.extend_from_slice(&(value.min(VARINT_MAX) | 3 << 62).to_be_bytes()),
+    }
 }
 
-/// Writes the shortest encoding of `value` to the front of `out`; returns its length.
+/// Writes the shortest encoding of `value`, which is at most [`VARINT_MAX`], to the front of `out`; returns its length.
 #[inline]
 pub(super) fn write_varint(out: &mut [u8], value: u64) -> usize {
     let length = varint_bytes(value);
