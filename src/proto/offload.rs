@@ -45,15 +45,19 @@ pub const GSO_UDP_L4: u8 = 5;
 /// `VIRTIO_NET_HDR_GSO_ECN`: a flag in the type of a TCP super-packet: its first segment has CWR set.
 pub const GSO_ECN: u8 = 0x80;
 
-/// How many datagrams a UDP super-packet may hold (the kernel's `UDP_MAX_SEGMENTS`).
-pub const USO_SEGMENTS_MAX: usize = 128;
-/// Below this `gso_size` a TCP super-packet holds at most [`TINY_SEGMENTS_MAX`] segments.
+/// The smallest `gso_size` of a peer's super-packet with two segments or more.
 ///
-/// Linux's smallest MSS is 48, options included. Receive offload may merge smaller ones, but only those of one poll.
-/// Without a bound, one 64 KiB capsule would make the kernel produce up to 65,000 packets.
-pub const TCP_GSO_BYTES_MIN: usize = 32;
-/// How many segments of fewer than [`TCP_GSO_BYTES_MIN`] bytes a TCP super-packet may hold.
-pub const TINY_SEGMENTS_MAX: usize = 64;
+/// An ordinary packet costs its sender at least its headers, so a byte must not make more packets in a super-packet
+/// than outside of one. Linux's smallest MSS is 48, options included, so honest segments are hardly ever smaller.
+pub const GSO_BYTES_MIN: usize = 48;
+/// The most segments of a peer's super-packet. It is the kernel's `UDP_MAX_SEGMENTS`, and enough for 64 KiB in
+/// segments of the smallest MSS that IPv4 guarantees (536).
+pub const SEGMENTS_MAX: usize = 128;
+/// The longest headers of a peer's super-packet with two segments or more, unless `gso_size` is greater.
+///
+/// Each segment repeats them. IPv6 extension headers may have 16 KiB, and a few KiB would become megabytes. These are
+/// enough for IPv6, three extension headers of the usual length and the longest TCP header.
+pub const REPEATED_HEADER_BYTES_MAX: usize = 128;
 
 /// The kernel's `GSO_BY_FRAGS`, a `gso_size` that is none.
 const GSO_BY_FRAGS: u16 = 0xffff;
@@ -309,9 +313,12 @@ pub enum OffloadError {
     /// The TCP or UDP header is cut off or contradicts itself, or its flags forbid segments (SYN, RST).
     #[error("transport header unfit for segmentation")]
     Transport,
-    /// `gso_size` is zero, out of range, or makes too many segments.
+    /// `gso_size` is out of range, below [`GSO_BYTES_MIN`], or makes more than [`SEGMENTS_MAX`] segments.
     #[error("gso_size out of range")]
     GsoSize,
+    /// The headers that all segments repeat are longer than `gso_size` and [`REPEATED_HEADER_BYTES_MAX`].
+    #[error("headers too long to be repeated in every segment")]
+    RepeatedHeaders,
     /// The scratch space given to [`segment()`] is shorter than a segment.
     #[error("scratch space shorter than a segment")]
     Scratch,
@@ -369,12 +376,10 @@ pub fn validate(
     if !super_packet.is_accepted(accepted) {
         return Err(OffloadError::NotAccepted);
     }
-    if !super_packet.has_reasonable_segments() {
-        return Err(OffloadError::GsoSize);
-    }
     if super_packet.payload_bytes() <= super_packet.gso_bytes {
         return Ok(checksum_only);
     }
+    super_packet.check_amplification()?;
     let hdr_len = u16::try_from(super_packet.header_bytes).map_err(|_| OffloadError::Length)?;
     Ok(VirtioNetHdr {
         flags: FLAG_NEEDS_CSUM,
@@ -394,8 +399,8 @@ pub enum Fit {
 
 /// Whether a peer that takes `accepts` takes this packet, by the same rules by which it will [`validate`] it.
 ///
-/// An unusual packet that the peer would have to refuse (a partial checksum of a protocol inside another, very many tiny
-/// segments) is segmented rather than lost.
+/// An unusual packet that the peer would have to refuse (a partial checksum of a protocol inside another, tiny or very
+/// many segments, long headers) is segmented rather than lost.
 #[inline]
 pub fn fit(hdr: VirtioNetHdr, packet: &[u8], accepts: Offloads) -> Fit {
     if hdr.is_plain() || validate(hdr, packet, accepts).is_ok() {
@@ -475,14 +480,17 @@ impl SuperPacket {
         }
     }
 
+    /// Whether segmenting it makes no more packets, and not many more bytes, of what a peer sends than ordinary
+    /// packets would have been.
     #[inline]
-    fn has_reasonable_segments(&self) -> bool {
-        if self.headers.protocol == PROTOCOL_UDP {
-            self.payload_bytes() <= self.gso_bytes * USO_SEGMENTS_MAX
-        } else {
-            self.gso_bytes >= TCP_GSO_BYTES_MIN
-                || self.payload_bytes() <= self.gso_bytes * TINY_SEGMENTS_MAX
+    fn check_amplification(&self) -> Result<(), OffloadError> {
+        if self.gso_bytes < GSO_BYTES_MIN || self.payload_bytes() > self.gso_bytes * SEGMENTS_MAX {
+            return Err(OffloadError::GsoSize);
         }
+        if self.header_bytes > self.gso_bytes.max(REPEATED_HEADER_BYTES_MAX) {
+            return Err(OffloadError::RepeatedHeaders);
+        }
+        Ok(())
     }
 }
 

@@ -7,8 +7,9 @@
 
 use super::segment::{finish_ipv4, put_word};
 use super::{
-    FLAG_DATA_VALID, FLAG_NEEDS_CSUM, GSO_NONE, GSO_UDP_L4, Offloads, UDP_CSUM_OFFSET,
-    UDP_HEADER_BYTES, USO_SEGMENTS_MAX, VirtioNetHdr, parse_whole, udp_header_bytes,
+    FLAG_DATA_VALID, FLAG_NEEDS_CSUM, GSO_BYTES_MIN, GSO_NONE, GSO_UDP_L4, Offloads,
+    REPEATED_HEADER_BYTES_MAX, SEGMENTS_MAX, UDP_CSUM_OFFSET, UDP_HEADER_BYTES, VirtioNetHdr,
+    parse_whole, udp_header_bytes,
 };
 use crate::proto::packet::{
     Checksum, IPV4_HEADER_BYTES_MIN, IPV6_HEADER_BYTES, PACKET_BYTES_MAX, PROTOCOL_UDP,
@@ -27,7 +28,9 @@ const IPV6_NEXT_HEADER_OFFSET: usize = 6;
 const IPV4_FLAGS_OFFSET: usize = 6;
 const IPV4_DONT_FRAGMENT: u8 = 0x40;
 
-const _: () = assert!(GATHERED_SEGMENTS_MAX <= USO_SEGMENTS_MAX);
+// What is gathered is what the receiver takes.
+const _: () = assert!(GATHERED_SEGMENTS_MAX <= SEGMENTS_MAX);
+const _: () = assert!(HEADERS_BYTES_MAX <= REPEATED_HEADER_BYTES_MAX);
 
 /// A packet that may be a segment of a super-packet: UDP with a payload and with a checksum that is known to be right,
 /// no fragment, no IPv4 options or IPv6 extension headers.
@@ -157,7 +160,8 @@ impl Run {
         }
     }
 
-    /// Takes a packet as the next segment, if it can be that one; its payload is to follow the others' then.
+    /// Takes a packet as the next segment, if it can be that one; its payload is to follow the others' then. Packets with
+    /// less payload than [`GSO_BYTES_MIN`] stay alone: the peer refuses super-packets of such segments.
     #[inline]
     pub fn take(&mut self, next: &Datagram) -> bool {
         let header_bytes = self.transport_offset + UDP_HEADER_BYTES;
@@ -165,6 +169,7 @@ impl Run {
         let packet_bytes = self.packet_bytes + next.payload.len();
         let continues = is_full
             && self.segments < GATHERED_SEGMENTS_MAX
+            && self.gso_bytes >= GSO_BYTES_MIN
             && next.payload.len() <= self.gso_bytes
             && packet_bytes <= PACKET_BYTES_MAX
             && self.common == next.common

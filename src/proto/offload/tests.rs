@@ -16,6 +16,9 @@ use crate::proto::packet::{Checksum, PACKET_BYTES_MAX};
 const TCP_FLAG_ACK: u8 = 0x10;
 const TCP_FLAG_ECE: u8 = 0x40;
 
+/// Linux's, since 6.9.
+const UDP_MAX_SEGMENTS: usize = 128;
+
 const CSUM_ONLY: Offloads = Offloads {
     csum: true,
     ..Offloads::NONE
@@ -278,7 +281,7 @@ fn kernel_takes(hdr: VirtioNetHdr, packet: &[u8]) -> bool {
         GSO_UDP_L4 => {
             needs_csum
                 && hdr.csum_offset == 6
-                && payload_bytes <= usize::from(hdr.gso_size) * USO_SEGMENTS_MAX
+                && payload_bytes <= usize::from(hdr.gso_size) * UDP_MAX_SEGMENTS
         }
         _ => needs_csum && hdr.csum_offset == 16,
     };
@@ -618,15 +621,30 @@ fn judge(hdr: VirtioNetHdr, packet: &[u8]) -> Result<(), TestCaseError> {
         prop_assert!(kernel_takes(normal, packet), "{:?}", normal);
         prop_assert_eq!(normal.flags & !FLAG_NEEDS_CSUM, 0);
         prop_assert_eq!(validate(normal, packet, Offloads::ALL), Ok(normal));
-        let mut bytes_max = 0;
+        let (mut bytes_max, mut bytes) = (0, 0);
         let count = segment(
             normal,
             packet,
             Offloads::NONE,
             &mut scratch,
-            |_, segment| bytes_max = segment.len(),
+            |_, segment| {
+                bytes_max = segment.len();
+                bytes += segment.len();
+            },
         );
-        prop_assert!(count.is_ok_and(|count| (1..=65_535 / TCP_GSO_BYTES_MIN).contains(&count)));
+        let count = count.map_err(|error| TestCaseError::fail(error.to_string()))?;
+        // As many bytes as these for each packet, and as many bytes of packets for each byte.
+        prop_assert!(
+            (1..=(1 + packet.len() / 48).min(128)).contains(&count),
+            "{} packets",
+            count
+        );
+        prop_assert!(
+            bytes <= 4 * packet.len(),
+            "{} bytes of {}",
+            bytes,
+            packet.len()
+        );
         prop_assert!(bytes_max <= packet.len());
     }
     // The local kernel's word is taken for more than a peer's, but is no reason to panic either.
@@ -847,13 +865,15 @@ fn transport_headers_that_cannot_be_repeated_are_refused() {
     // A data offset beyond the packet's end.
     let tiny = Honest {
         tcp_options: false,
-        gso_bytes: 1,
         payload: payload(10, 0),
         ..tcp
     };
     refused(
         &tiny,
-        |_, packet| packet[20 + 12] = 0xf0,
+        |hdr, packet| {
+            (hdr.gso_type, hdr.gso_size) = (GSO_TCPV4, 48);
+            packet[20 + 12] = 0xf0;
+        },
         OffloadError::Transport,
     );
 }
@@ -861,7 +881,7 @@ fn transport_headers_that_cannot_be_repeated_are_refused() {
 #[test]
 fn a_segment_size_out_of_range_is_refused() {
     for honest in [Honest::default(), Honest::v6(), Honest::udp()] {
-        for gso_size in [0, 1, 8, 31, 0xffff] {
+        for gso_size in [0, 1, 8, 31, 47, 0xffff] {
             refused(
                 &honest,
                 |hdr, _| hdr.gso_size = gso_size,
@@ -869,32 +889,67 @@ fn a_segment_size_out_of_range_is_refused() {
             );
         }
     }
-    // 5000 bytes are 128 datagrams of 40 bytes, but not of 39.
-    let (hdr, packet) = Honest::udp().partial();
-    assert!(
-        validate(
-            VirtioNetHdr {
-                gso_size: 40,
-                ..hdr
-            },
-            &packet,
-            Offloads::ALL
-        )
-        .is_ok()
-    );
-    refused(
-        &Honest::udp(),
-        |hdr, _| hdr.gso_size = 39,
-        OffloadError::GsoSize,
-    );
-    // Receive offload does merge a few very small segments.
-    let few = Honest {
-        gso_bytes: 1,
-        payload: payload(TINY_SEGMENTS_MAX, 0),
-        ..Honest::default()
+}
+
+/// 170 bytes were 128 packets once.
+#[test]
+fn a_super_packet_makes_no_more_packets_than_others() {
+    for basis in [Honest::default(), Honest::v6(), Honest::udp()] {
+        let of_bytes = |gso_bytes: usize, bytes: usize| {
+            let honest = Honest {
+                gso_bytes,
+                payload: payload(bytes, 0),
+                ..basis.clone()
+            };
+            let (hdr, packet) = honest.partial();
+            validate(hdr, &packet, Offloads::ALL).map(|hdr| hdr.gso_size)
+        };
+        assert_eq!(of_bytes(1, 128), Err(OffloadError::GsoSize));
+        assert_eq!(of_bytes(47, 48), Err(OffloadError::GsoSize));
+        assert_eq!(of_bytes(48, 49), Ok(48));
+        assert_eq!(of_bytes(48, 128 * 48), Ok(48));
+        assert_eq!(of_bytes(48, 128 * 48 + 1), Err(OffloadError::GsoSize));
+        assert_eq!(of_bytes(500, 128 * 500 + 1), Err(OffloadError::GsoSize));
+        assert_eq!(of_bytes(1, 1), Ok(0), "one segment is an ordinary packet");
+    }
+}
+
+/// An IPv6 super-packet with this many bytes of destination options, in headers of `gso_bytes` or of what they need.
+fn with_options(option_bytes: usize, gso_bytes: usize) -> (VirtioNetHdr, Vec<u8>) {
+    let honest = Honest {
+        gso_bytes,
+        payload: payload(5000, 0),
+        ..Honest::v6()
     };
-    let (hdr, packet) = few.partial();
-    assert!(validate(hdr, &packet, Offloads::ALL).is_ok());
+    let (hdr, packet) = honest.partial();
+    let (ip, transport) = packet.split_at(40);
+    let mut options = vec![0; option_bytes];
+    options[..2].copy_from_slice(&[PROTOCOL_TCP, (option_bytes / 8 - 1) as u8]);
+    let mut packet = [ip, &options, transport].concat();
+    packet[6] = 60;
+    let payload_bytes = (packet.len() - 40) as u16;
+    packet[4..6].copy_from_slice(&payload_bytes.to_be_bytes());
+    let hdr = VirtioNetHdr {
+        csum_start: hdr.csum_start + option_bytes as u16,
+        ..hdr
+    };
+    (hdr, packet)
+}
+
+/// 16 KiB of extension headers were repeated in every segment once.
+#[test]
+fn headers_longer_than_segments_are_not_repeated() {
+    let validated = |option_bytes, gso_bytes| {
+        let (hdr, packet) = with_options(option_bytes, gso_bytes);
+        validate(hdr, &packet, Offloads::ALL).map(|hdr| hdr.hdr_len)
+    };
+    assert_eq!(validated(56, 48), Ok(128));
+    assert_eq!(validated(64, 48), Err(OffloadError::RepeatedHeaders));
+    assert_eq!(validated(2048, 2120), Ok(2120));
+    assert_eq!(validated(2048, 2119), Err(OffloadError::RepeatedHeaders));
+    let (hdr, packet) = with_options(64, 48);
+    assert_eq!(fit(hdr, &packet, Offloads::ALL), Fit::NeedsSegmenting);
+    assert_eq!(segments(hdr, &packet, Offloads::ALL).len(), 105);
 }
 
 #[test]

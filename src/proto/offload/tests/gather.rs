@@ -238,7 +238,10 @@ impl Sample {
             self.dont_fragment == first.dont_fragment
                 && (self.dont_fragment || self.identification == counted)
         };
-        same && same_family && segments < 64 && self.payload.len() <= first.payload.len()
+        same && same_family
+            && segments < 64
+            && first.payload.len() >= 48
+            && self.payload.len() <= first.payload.len()
     }
 }
 
