@@ -328,7 +328,8 @@ pub enum OffloadError {
 ///
 /// `accepted` is what the peer was told that we take. The answer is the header to write to TUN: flags masked to
 /// [`FLAG_NEEDS_CSUM`], `hdr_len` computed anew, fields without meaning zero, a super-packet of one segment made an
-/// ordinary packet. Whether the source address belongs to the peer is for the caller to check.
+/// ordinary packet. A packet under an empty header passes if [`packet::parse`] takes it, as in context 0. Whether the
+/// source address belongs to the peer is for the caller to check.
 ///
 /// # Errors
 /// The first contradiction found; the packet is to be dropped.
@@ -339,10 +340,9 @@ pub fn validate(
     accepted: Offloads,
 ) -> Result<VirtioNetHdr, OffloadError> {
     if hdr.is_plain() {
-        return match packet::source(packet) {
-            Some(_) => Ok(VirtioNetHdr::PLAIN),
-            None => Err(OffloadError::Packet(PacketError::Truncated)),
-        };
+        // The rules of context 0: an empty header must not be a way around them.
+        packet::parse(packet).map_err(OffloadError::Packet)?;
+        return Ok(VirtioNetHdr::PLAIN);
     }
     if !hdr.needs_csum() {
         return Err(OffloadError::ChecksumMissing);

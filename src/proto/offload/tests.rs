@@ -362,6 +362,25 @@ proptest! {
     }
 
     #[test]
+    fn ordinary_packets_are_judged_as_in_context_0(
+        honest in honest(),
+        changes in prop::collection::vec((0..80_usize, any::<u8>()), 0..3),
+        cut in prop::option::of(0..120_usize),
+    ) {
+        let mut packet = honest.complete();
+        for (at, byte) in changes {
+            if let Some(changed) = packet.get_mut(at) {
+                *changed = byte;
+            }
+        }
+        packet.truncate(cut.unwrap_or(packet.len()));
+        prop_assert_eq!(
+            validate(VirtioNetHdr::PLAIN, &packet, Offloads::ALL).map(|_| ()),
+            packet::parse(&packet).map(|_| ()).map_err(OffloadError::Packet)
+        );
+    }
+
+    #[test]
     fn any_bytes_are_judged_without_panic(hdr: [u8; 10], packet in prop::collection::vec(any::<u8>(), 0..200)) {
         judge(VirtioNetHdr::read(&hdr), &packet)?;
     }
@@ -1044,6 +1063,29 @@ fn an_ordinary_packet_is_accepted_whatever_the_rest_says() {
     for not_a_packet in [&[][..], &[0x45; 19], &[0x60; 39], &[0x35; 60]] {
         assert!(validate(VirtioNetHdr::PLAIN, not_a_packet, Offloads::ALL).is_err());
     }
+}
+
+/// Twenty bytes with a version and a source were enough once.
+#[test]
+fn an_empty_header_is_no_way_around_the_rules_of_context_0() {
+    let packet = Honest::default().complete();
+    for (at, byte) in [(0, 0x4f), (0, 0x44), (2, 0xff), (2, 0)] {
+        let mut packet = packet[..60].to_vec();
+        packet[2..4].copy_from_slice(&60_u16.to_be_bytes());
+        packet[at] = byte;
+        if byte == 0 {
+            packet[3] = 19;
+        }
+        let expected = packet::parse(&packet).map_err(OffloadError::Packet);
+        let validated = validate(VirtioNetHdr::PLAIN, &packet, Offloads::ALL);
+        assert_eq!(validated.map(|_| ()), expected.map(|_| ()), "{at} {byte}");
+        assert_eq!(validated.is_ok(), byte == 0x4f);
+    }
+    let mut v6 = Honest::v6().complete();
+    v6.truncate(100);
+    let truncated = OffloadError::Packet(PacketError::Truncated);
+    let validated = validate(VirtioNetHdr::PLAIN, &v6, Offloads::ALL);
+    assert_eq!(validated, Err(truncated));
 }
 
 /// Regression that others had: a computed checksum of zero means "no checksum" in UDP (RFC 768).
