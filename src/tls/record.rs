@@ -30,7 +30,19 @@ pub const RECORDS_PER_KEY_MAX: u64 = 23_726_566;
 /// The longest handshake message taken after the handshake; only tickets come near it.
 pub const HANDSHAKE_BYTES_MAX: usize = 16_384;
 
+/// So many records without application data are taken in a row: key updates, tickets, warnings, empty records. The
+/// handshake messages after the first in a record count like records.
+pub const RECORDS_WITHOUT_DATA_MAX: usize = 32;
+/// So much application data lets the peer send one more record without.
+///
+/// A key update costs its receiver some 3 us, for 27 bytes. No implementation sends them, or empty records, at such a
+/// rate for a reason.
+pub const DATA_BYTES_PER_RECORD_WITHOUT: usize = 1024;
+
 const _: () = assert!(KEY_UPDATE_RECORDS < RECORDS_PER_KEY_MAX / 2);
+
+/// What [`RECORDS_WITHOUT_DATA_MAX`] records without data use up.
+const DATA_CREDIT_BYTES_MAX: usize = RECORDS_WITHOUT_DATA_MAX * DATA_BYTES_PER_RECORD_WITHOUT;
 
 const RECORD_BYTES_MIN: usize = RECORD_OVERHEAD_BYTES;
 const HANDSHAKE_HEADER_BYTES: usize = 4;
@@ -100,6 +112,9 @@ pub enum RecordError {
     /// Peer: another record inside a handshake message.
     #[error("the peer interleaved a handshake message with another record")]
     Interleaved,
+    /// Peer: more than [`RECORDS_WITHOUT_DATA_MAX`] records without application data.
+    #[error("the peer sent too many records without data")]
+    TooManyWithoutData,
     /// Peer: a handshake message that has no place after the handshake.
     #[error("the peer sent an unexpected handshake message ({0})")]
     UnexpectedHandshake(u8),
@@ -149,6 +164,7 @@ impl RecordError {
             | Self::UnexpectedContent(_)
             | Self::Empty
             | Self::Interleaved
+            | Self::TooManyWithoutData
             | Self::UnexpectedHandshake(_)
             | Self::KeyUpdateNotAtEnd => AlertDescription::UnexpectedMessage,
             Self::TooLong(_) => AlertDescription::RecordOverflow,
@@ -205,6 +221,9 @@ pub struct RecordLayer {
     handshake: Vec<u8>,
     /// The peer has asked for our next key and has not got it.
     reply_owed: bool,
+    /// What the peer may still send without application data, in bytes of data: each record without takes
+    /// [`DATA_BYTES_PER_RECORD_WITHOUT`], data gives back its own length.
+    data_credit_bytes: usize,
 }
 
 /// rustls' half of the connection: the key schedule, and the tickets on the client's side.
@@ -225,6 +244,7 @@ impl RecordLayer {
             secrets,
             handshake: Vec::new(),
             reply_owed: false,
+            data_credit_bytes: DATA_CREDIT_BYTES_MAX,
         })
     }
 
@@ -247,7 +267,7 @@ impl RecordLayer {
     /// `out` has room for the record without header and tag (`record.len() - 21`), one byte more than its content.
     ///
     /// # Errors
-    /// The record is not authentic or not lawful: the connection is at its end.
+    /// The record is not authentic or not lawful, or one too many without data: the connection is at its end.
     #[inline]
     pub fn open(&mut self, record: &[u8], out: &mut [u8]) -> Result<Opened, RecordError> {
         if record_bytes(record)? != Some(record.len()) {
@@ -257,7 +277,25 @@ impl RecordLayer {
         if !self.handshake.is_empty() && opened.content_type != ContentType::Handshake {
             return Err(RecordError::Interleaved);
         }
+        match opened.content_type {
+            ContentType::ApplicationData if opened.bytes > 0 => {
+                let credit_bytes = self.data_credit_bytes + opened.bytes;
+                self.data_credit_bytes = credit_bytes.min(DATA_CREDIT_BYTES_MAX);
+            }
+            ContentType::ApplicationData | ContentType::Handshake => self.take_credit()?,
+            // Nearly all of them are the last record: `handle` counts the others.
+            ContentType::Alert => {}
+        }
         Ok(opened)
+    }
+
+    /// Counts a record or a handshake message that brings no application data.
+    fn take_credit(&mut self) -> Result<(), RecordError> {
+        let left = self
+            .data_credit_bytes
+            .checked_sub(DATA_BYTES_PER_RECORD_WITHOUT);
+        self.data_credit_bytes = left.ok_or(RecordError::TooManyWithoutData)?;
+        Ok(())
     }
 
     /// Takes the content of an alert or handshake record; application data is left to the caller.
@@ -270,7 +308,7 @@ impl RecordLayer {
         body: &[u8],
     ) -> Result<Signal, RecordError> {
         match content_type {
-            ContentType::Alert => handle_alert(body),
+            ContentType::Alert => self.handle_alert(body),
             ContentType::Handshake => self.handle_handshake(body),
             ContentType::ApplicationData => Ok(Signal::None),
         }
@@ -321,6 +359,18 @@ impl RecordLayer {
         self.seal(ContentType::Alert, &alert, out)
     }
 
+    fn handle_alert(&mut self, body: &[u8]) -> Result<Signal, RecordError> {
+        let &[_level, description] = body else {
+            return Err(RecordError::MalformedAlert);
+        };
+        // In TLS 1.3 the level says nothing: all but these two are fatal (RFC 8446 section 6).
+        match AlertDescription::from(description) {
+            AlertDescription::CloseNotify => Ok(Signal::CloseNotify),
+            AlertDescription::UserCanceled => self.take_credit().map(|()| Signal::None),
+            other => Err(RecordError::PeerAlert(other)),
+        }
+    }
+
     fn handle_handshake(&mut self, body: &[u8]) -> Result<Signal, RecordError> {
         if self.handshake.is_empty() {
             let (signal, taken) = self.take_handshakes(body)?;
@@ -340,6 +390,9 @@ impl RecordLayer {
         let mut signal = Signal::None;
         let mut taken = 0;
         while let Some((kind, message)) = self.first_handshake(&body[taken..])? {
+            if taken > 0 {
+                self.take_credit()?;
+            }
             taken += HANDSHAKE_HEADER_BYTES + message.len();
             match kind {
                 NEW_SESSION_TICKET => self.take_ticket(message)?,
@@ -405,18 +458,6 @@ impl std::fmt::Debug for RecordLayer {
             .field("records_sent", &self.sending.records)
             .field("records_received", &self.receiving.records)
             .finish_non_exhaustive()
-    }
-}
-
-fn handle_alert(body: &[u8]) -> Result<Signal, RecordError> {
-    let &[_level, description] = body else {
-        return Err(RecordError::MalformedAlert);
-    };
-    // In TLS 1.3 the level says nothing: all but these two are fatal (RFC 8446 section 6).
-    match AlertDescription::from(description) {
-        AlertDescription::CloseNotify => Ok(Signal::CloseNotify),
-        AlertDescription::UserCanceled => Ok(Signal::None),
-        other => Err(RecordError::PeerAlert(other)),
     }
 }
 
@@ -566,10 +607,13 @@ mod tests {
             server.feed(&client.take_outgoing()).unwrap();
             client.feed(&server.take_outgoing()).unwrap();
         }
-        Ends {
+        let mut ends = Ends {
             client: client.into_records().unwrap().records,
             server: server.into_records().unwrap().records,
-        }
+        };
+        // As if no ticket had come with the handshake.
+        ends.client.data_credit_bytes = DATA_CREDIT_BYTES_MAX;
+        ends
     }
 
     /// A record of any inner plaintext, as only a strange peer makes it.
@@ -1054,6 +1098,105 @@ mod tests {
         );
     }
 
+    /// The records of `next` that are taken one after the other.
+    fn taken(
+        from: &mut RecordLayer,
+        to: &mut RecordLayer,
+        mut next: impl FnMut(&mut RecordLayer) -> Vec<u8>,
+    ) -> usize {
+        let error = (0..).find_map(|number| {
+            let record = next(from);
+            receive(to, &record).err().map(|error| (number, error))
+        });
+        let (taken, error) = error.expect("not for ever");
+        assert!(matches!(error, RecordError::TooManyWithoutData), "{error}");
+        assert_eq!(error.alert(), Some(AlertDescription::UnexpectedMessage));
+        taken
+    }
+
+    #[test]
+    fn records_without_data_have_a_bound() {
+        type Next = fn(&mut RecordLayer) -> Vec<u8>;
+        let kinds: [Next; 5] = [
+            |from| key_update(from, false),
+            |from| key_update(from, true),
+            |from| seal(from, ContentType::Alert, &[1, 90]),
+            |from| seal(from, ContentType::ApplicationData, b""),
+            |from| craft(from, &[23, 0, 0, 0]),
+        ];
+        for next in kinds {
+            let Ends {
+                mut client,
+                mut server,
+            } = ends();
+            assert_eq!(taken(&mut client, &mut server, next), 32);
+        }
+    }
+
+    #[test]
+    fn data_lets_more_records_without_data_in() {
+        let Ends {
+            mut client,
+            mut server,
+        } = ends();
+        let data = |client: &mut RecordLayer, server: &mut RecordLayer, bytes: usize| {
+            let record = seal(client, ContentType::ApplicationData, &vec![0; bytes]);
+            assert_eq!(open(server, &record).unwrap().1.len(), bytes);
+        };
+        for _ in 0..100 {
+            let update = key_update(&mut client, false);
+            assert_eq!(receive(&mut server, &update).unwrap(), Signal::None);
+            data(&mut client, &mut server, 1024);
+        }
+        for _ in 0..100 {
+            data(&mut client, &mut server, RECORD_PLAINTEXT_BYTES_MAX);
+        }
+        for _ in 0..32 {
+            let update = key_update(&mut client, false);
+            assert_eq!(receive(&mut server, &update).unwrap(), Signal::None);
+        }
+        data(&mut client, &mut server, 3 * 1024 - 1);
+        for _ in 0..2 {
+            let update = key_update(&mut client, false);
+            assert_eq!(receive(&mut server, &update).unwrap(), Signal::None);
+        }
+        let end = seal(&mut client, ContentType::Alert, &[1, 0]);
+        assert_eq!(receive(&mut server, &end).unwrap(), Signal::CloseNotify);
+        let update = key_update(&mut client, false);
+        let refused = receive(&mut server, &update);
+        assert!(matches!(refused, Err(RecordError::TooManyWithoutData)));
+    }
+
+    #[test]
+    fn a_ticket_in_tiny_records_is_not_waited_for() {
+        let Ends {
+            mut client,
+            mut server,
+        } = ends();
+        let mut bytes = ticket(5000).into_iter();
+        let taken = taken(&mut server, &mut client, |server| {
+            let byte = bytes.next().expect("a long ticket");
+            seal(server, ContentType::Handshake, &[byte])
+        });
+        assert_eq!(taken, 32);
+        assert_eq!(client.handshake.len(), 32);
+    }
+
+    #[test]
+    fn many_tickets_in_one_record_count_like_many_records() {
+        let joined = |count: usize| {
+            let Ends {
+                mut client,
+                mut server,
+            } = ends();
+            let body = ticket(1).repeat(count);
+            let record = seal(&mut server, ContentType::Handshake, &body);
+            receive(&mut client, &record)
+        };
+        assert_eq!(joined(32).unwrap(), Signal::None);
+        assert!(matches!(joined(33), Err(RecordError::TooManyWithoutData)));
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
@@ -1123,9 +1266,15 @@ mod tests {
             let mut stream: Vec<u8> = tickets.iter().flat_map(|&bytes| ticket(bytes)).collect();
             stream.extend([24, 0, 0, 1, u8::from(asked)]);
             let mut signals = Vec::new();
-            for piece in stock::Chunks::new(lengths).cut(&stream) {
+            for (number, piece) in stock::Chunks::new(lengths).cut(&stream).into_iter().enumerate() {
                 let record = seal(&mut server, ContentType::Handshake, piece);
-                signals.push(receive(&mut client, &record).unwrap());
+                match receive(&mut client, &record) {
+                    Err(RecordError::TooManyWithoutData) => {
+                        prop_assert!(number + tickets.len() >= RECORDS_WITHOUT_DATA_MAX);
+                        return Ok(());
+                    }
+                    signal => signals.push(signal.unwrap()),
+                }
             }
             let last = signals.pop().unwrap();
             prop_assert_eq!(last, if asked { Signal::ReplyKeyUpdate } else { Signal::None });

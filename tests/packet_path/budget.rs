@@ -183,7 +183,9 @@ fn peers_that_do_not_read_leave_chunks_to_others(#[values(1, 2)] peers: u32) {
 
 fn largest_request() -> Vec<u8> {
     let entry = AssignedAddress::unspecified_v4(1);
-    Capsule::AddressRequest(vec![entry; 2340]).to_bytes()
+    Capsule::AddressRequest(vec![entry; 2340])
+        .to_bytes()
+        .unwrap()
 }
 
 #[test]

@@ -131,6 +131,11 @@ fn what_has_to_wait_is_gathered_to_long_runs() {
 fn longest_run() -> usize {
     const PORT: u16 = 5001;
     const NUMBERED: u32 = 200;
+    // The number at the end, behind enough payload to be gathered.
+    let numbered = |number: u32| {
+        let payload = [&pattern(1, PAYLOAD_BYTES - 4)[..], &number.to_be_bytes()].concat();
+        udp((WEB, 53), (CLIENT, PORT), &payload)
+    };
     let mut server = End::new();
     let (mut peer, connection) = Peer::join(&mut server, &Terms::default());
     server.route_lease(&[connection]);
@@ -143,7 +148,7 @@ fn longest_run() -> usize {
         info.stats.counters.dropped_queue_full.get() > 0
     });
     for number in 0..NUMBERED {
-        server.send(0, VirtioNetHdr::PLAIN, &numbered_reply(PORT, number));
+        server.send(0, VirtioNetHdr::PLAIN, &numbered(number));
     }
     eventually("all packets wait", || {
         server.count("tun_read_packets") == sent + u64::from(NUMBERED)
@@ -163,7 +168,7 @@ fn longest_run() -> usize {
         longest = longest.max(segments.len());
         for segment in segments {
             let number = number_of(&segment);
-            let expected = numbered_reply(PORT, number);
+            let expected = numbered(number);
             assert!(with_first_identification(segment) == expected);
             assert!(last < Some(number), "{number} after {last:?}");
             last = Some(number);

@@ -9,6 +9,7 @@ use ringtun::proto::capsule::{
 };
 use ringtun::proto::offload::{GSO_NONE, GSO_TCPV6, GSO_UDP_L4, Offloads, VirtioNetHdr};
 use ringtun::tls::AlertDescription;
+use ringtun::tls::record::RECORDS_WITHOUT_DATA_MAX;
 use ringtun::worker::CloseCause;
 use rstest::rstest;
 use std::io::Write;
@@ -213,6 +214,12 @@ fn garbage_ends_its_own_connection_only() {
         let told = Capsule::Close(CloseReason::Misbehaved);
         misbehaving.push((peer, vec![Received::Capsule(told), Received::CloseNotify]));
     }
+    let mut idle = Peer::join(&mut server, &terms);
+    for _ in 0..=RECORDS_WITHOUT_DATA_MAX {
+        idle.0.request_key_update();
+    }
+    let told = Received::Alert(AlertDescription::UnexpectedMessage);
+    misbehaving.push((idle, vec![told]));
     let mut left: Vec<_> = misbehaving
         .iter()
         .map(|((_, connection), _)| *connection)
@@ -246,8 +253,10 @@ fn a_flood_of_the_shortest_packets_is_taken_or_counted() {
     const FLOOD: usize = 100_000;
     let mut server = End::new();
     let (mut peer, _) = Peer::join(&mut server, &Terms::default());
-    let shortest = &numbered(5000, 1)[..20];
-    let datagrams = offloaded(VirtioNetHdr::PLAIN, shortest).repeat(FLOOD);
+    let mut shortest = numbered(5000, 1);
+    shortest.truncate(20);
+    shortest[2..4].copy_from_slice(&20_u16.to_be_bytes());
+    let datagrams = offloaded(VirtioNetHdr::PLAIN, &shortest).repeat(FLOOD);
     peer.write(&datagrams);
     eventually("every packet is accounted for", || {
         server.count("tun_written_packets") + server.dropped() == FLOOD as u64
