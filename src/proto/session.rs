@@ -348,6 +348,7 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::super::capsule::strategies::request as any_request;
     use super::super::capsule::{Capsule, kind};
     use super::*;
 
@@ -514,6 +515,10 @@ mod tests {
         }
     }
 
+    fn lease_prefixes(lease: Lease) -> [IpNet; 2] {
+        [lease.v4.into(), lease.v6.into()].map(|address: IpAddr| IpNet::from(address))
+    }
+
     #[test]
     fn address_requests_are_answered_with_the_lease() {
         let own = lease(7);
@@ -593,6 +598,31 @@ mod tests {
     }
 
     proptest! {
+        /// Each request has its answer, in order but for the lease, and all that is left out did not fit.
+        #[test]
+        fn the_answer_to_any_request_can_be_sent(requested in any_request()) {
+            let asked = Capsule::AddressRequest(requested.clone()).to_bytes().expect("valid");
+            let answered = answer(lease(7), &requested);
+            let sent = Capsule::AddressAssign(answered.clone()).to_bytes().expect("it fits");
+            prop_assert!(sent.len() <= asked.len() + 20, "{} for {}", sent.len(), asked.len());
+            let (own, refusals) = answered.split_at(2);
+            prop_assert_eq!([own[0].prefix, own[1].prefix], lease_prefixes(lease(7)));
+            let mut left = requested.clone();
+            for (family, own) in own.iter().enumerate() {
+                let first = left.iter().position(|one| usize::from(one.prefix.addr().is_ipv6()) == family);
+                let id = first.map_or(0, |first| left.remove(first).request_id);
+                prop_assert_eq!(own.request_id, id);
+            }
+            prop_assert!(refusals.len() <= left.len() && refusals.len() + 3 >= left.len());
+            prop_assert!(refusals.len() == left.len() || sent.len() > CONTROL_BYTES_MAX - 30);
+            for (refusal, request) in refusals.iter().zip(&left) {
+                prop_assert_eq!(refusal.request_id, request.request_id);
+                prop_assert!(refusal.is_unspecified());
+                prop_assert_eq!(refusal.prefix.prefix_len(), refusal.prefix.max_prefix_len());
+                prop_assert_eq!(refusal.prefix.addr().is_ipv4(), request.prefix.addr().is_ipv4());
+            }
+        }
+
         /// Against a list of (connection, peer, instance): every open connection is routed for its own peer only,
         /// one instance a peer, and everything else has been handed out to be closed exactly once.
         #[test]

@@ -81,15 +81,37 @@ mod tests {
         );
     }
 
-    fn value() -> impl Strategy<Value = u64> {
-        (0..=62_u32, any::<u64>()).prop_map(|(bits, value)| value & ((1 << bits) - 1))
+    use crate::proto::capsule::strategies::integer;
+
+    #[test]
+    fn what_is_too_large_becomes_the_largest() {
+        for value in [VARINT_MAX, VARINT_MAX + 1, u64::MAX] {
+            let mut out = Vec::new();
+            put_varint(&mut out, value);
+            assert_eq!(out, [0xff; 8]);
+            assert_eq!(varint_bytes(value), 8);
+        }
     }
 
     proptest! {
         #[test]
-        fn what_is_put_is_got(value in value(), rest: Vec<u8>) {
+        fn any_bytes_are_got_without_panic(bytes in prop::collection::vec(prop_oneof![any::<u8>(), Just(0xff), Just(0)], 0..12)) {
+            match get_varint(&bytes) {
+                Some((value, length)) => {
+                    prop_assert!(length <= bytes.len());
+                    prop_assert!(varint_bytes(value) <= length);
+                }
+                None => prop_assert!(bytes.len() < VARINT_BYTES_MAX),
+            }
+        }
+
+        #[test]
+        fn what_is_put_is_got(value in integer(0..=VARINT_MAX), rest: Vec<u8>) {
             let mut out = Vec::new();
             put_varint(&mut out, value);
+            let mut written = [0; VARINT_BYTES_MAX];
+            let written_bytes = write_varint(&mut written, value);
+            prop_assert_eq!(&written[..written_bytes], &out[..]);
             let length = out.len();
             prop_assert_eq!(length, varint_bytes(value));
             for cut in 0..length {
