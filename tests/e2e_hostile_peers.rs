@@ -189,6 +189,12 @@ fn requests_without_reading_do_not_grow_the_server(scene: Scene) {
         let number = field.split_whitespace().next().expect("a number");
         number.parse().expect("a number")
     };
+    // Packet memory fills up by itself after the start.
+    until_true("all packet memory is there", || {
+        let status = scene.status();
+        let mut workers = list(&status, "workers").iter();
+        workers.all(|worker| worker["io"]["buffers_registered"] == true)
+    });
     let (sender, _receiver) = scene.open("");
     let entries = request(Ipv4Addr::UNSPECIFIED.into(), REQUEST_BYTES_MAX);
     // What the first ones need stays.
