@@ -1,45 +1,60 @@
-//! A bound on the log lines that one peer can cause.
+//! Log lines that peers can cause without a bound are written once in a while, with the number of events.
 
 use std::time::{Duration, Instant};
 
-/// Lines at once.
-pub const LINES_MAX: u32 = 20;
-/// From one line to the next, after that.
-pub const LINE_INTERVAL: Duration = Duration::from_secs(10);
+/// The least time between two lines about the same matter.
+pub const LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// Lines about one peer that are written at once.
+pub const PEER_LINES_MAX: u32 = 20;
+/// The time between two lines about one peer after that.
+pub const PEER_LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A token bucket for lines that says how many it has left out.
-#[derive(Clone, Copy, Debug)]
+/// Counts events of one kind and says when a line about them is due: a token bucket of lines.
+#[derive(Clone, Debug)]
 pub struct LogLimit {
+    lines_max: u32,
+    interval: Duration,
+    /// Lines that may be written at once, as of `refilled`.
     lines: u32,
-    refilled: Instant,
-    left_out: u64,
+    refilled: Option<Instant>,
+    unreported: u64,
+}
+
+impl Default for LogLimit {
+    /// One line each [`LOG_INTERVAL`].
+    fn default() -> Self {
+        LogLimit::new(1, LOG_INTERVAL)
+    }
 }
 
 impl LogLimit {
-    /// [`LINES_MAX`] lines may be logged at once.
-    pub fn new(now: Instant) -> Self {
+    fn new(lines_max: u32, interval: Duration) -> Self {
         LogLimit {
-            lines: LINES_MAX,
-            refilled: now,
-            left_out: 0,
+            lines_max,
+            interval,
+            lines: lines_max,
+            refilled: None,
+            unreported: 0,
         }
     }
 
-    /// Whether a line may be logged now; if so, how many were left out since the last one.
-    pub fn take(&mut self, now: Instant) -> Option<u64> {
-        let intervals =
-            now.saturating_duration_since(self.refilled).as_nanos() / LINE_INTERVAL.as_nanos();
+    /// For the lines about one peer.
+    pub fn of_peer() -> Self {
+        LogLimit::new(PEER_LINES_MAX, PEER_LINE_INTERVAL)
+    }
+
+    /// Counts an event that happened `now`. Returns the number of events since the last line when one is due.
+    pub fn event(&mut self, now: Instant) -> Option<u64> {
+        self.unreported += 1;
+        let since = now.saturating_duration_since(*self.refilled.get_or_insert(now));
+        let intervals = since.as_nanos() / self.interval.as_nanos();
         if intervals > 0 {
-            let lines = u32::try_from(intervals).unwrap_or(LINES_MAX);
-            self.lines = self.lines.saturating_add(lines).min(LINES_MAX);
-            self.refilled = now;
+            let lines = u32::try_from(intervals).unwrap_or(self.lines_max);
+            self.lines = self.lines.saturating_add(lines).min(self.lines_max);
+            self.refilled = Some(now);
         }
-        if self.lines == 0 {
-            self.left_out += 1;
-            return None;
-        }
-        self.lines -= 1;
-        Some(std::mem::take(&mut self.left_out))
+        self.lines = self.lines.checked_sub(1)?;
+        Some(std::mem::take(&mut self.unreported))
     }
 }
 
@@ -48,17 +63,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_storm_of_lines_is_cut_and_counted() {
-        let start = Instant::now();
-        let mut limit = LogLimit::new(start);
-        let logged = (0..1000).filter(|_| limit.take(start).is_some()).count();
-        assert_eq!(logged, LINES_MAX as usize);
-        let later = start + LINE_INTERVAL;
-        assert_eq!(limit.take(later), Some(1000 - u64::from(LINES_MAX)));
-        assert_eq!(limit.take(later), None);
-        assert_eq!(limit.take(later + LINE_INTERVAL), Some(1));
-        let much_later = later + 1000 * LINE_INTERVAL;
-        let logged = (0..1000).filter(|_| limit.take(much_later).is_some());
-        assert_eq!(logged.count(), LINES_MAX as usize);
+    fn a_flood_of_events_makes_a_line_a_minute() {
+        let mut limit = LogLimit::default();
+        let begin = Instant::now();
+        let lines: Vec<u64> = (0..1200)
+            .filter_map(|tenth| limit.event(begin + tenth * Duration::from_millis(100)))
+            .collect();
+        assert_eq!(lines, [1, 600]);
+    }
+
+    #[test]
+    fn a_storm_of_lines_about_a_peer_is_cut_and_counted() {
+        let begin = Instant::now();
+        let mut limit = LogLimit::of_peer();
+        let logged = (0..1000).filter(|_| limit.event(begin).is_some()).count();
+        assert_eq!(logged, PEER_LINES_MAX as usize);
+        let later = begin + PEER_LINE_INTERVAL;
+        assert_eq!(limit.event(later), Some(1001 - u64::from(PEER_LINES_MAX)));
+        assert_eq!(limit.event(later), None);
+        assert_eq!(limit.event(later + PEER_LINE_INTERVAL), Some(2));
+        let much_later = later + 1000 * PEER_LINE_INTERVAL;
+        let logged = (0..1000).filter(|_| limit.event(much_later).is_some());
+        assert_eq!(logged.count(), PEER_LINES_MAX as usize);
     }
 }

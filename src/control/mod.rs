@@ -12,6 +12,7 @@
 //! | client: a session that is kept up | [`client`] |
 //! | client: one connection, from the first SYN to the addresses | [`dial`], [`opening`] |
 //! | client: when to try again | [`reconnect`], [`network`] |
+//! | both: log lines that peers can cause | [`log_limit`] |
 
 pub mod client;
 pub mod dial;

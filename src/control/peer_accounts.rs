@@ -94,7 +94,7 @@ impl Accounts {
                 closing: VecDeque::new(),
                 past: ConnectionCounts::default(),
                 ended: Ended::default(),
-                log: LogLimit::new(Instant::now()),
+                log: LogLimit::of_peer(),
             })
     }
 
@@ -148,7 +148,7 @@ impl Accounts {
     /// Whether one more line about the peer may be logged, and how many were left out before it.
     pub fn may_log(&mut self, peer: &str, now: Instant) -> Option<u64> {
         match self.by_peer.get_mut(peer) {
-            Some(account) => account.log.take(now),
+            Some(account) => account.log.event(now).map(|events| events - 1),
             None => Some(0),
         }
     }

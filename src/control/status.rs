@@ -13,6 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 
+use super::log_limit::LogLimit;
 use super::runtime::spawn;
 use crate::config::IoMode;
 use crate::keeper::request::Origin;
@@ -68,6 +69,7 @@ fn serve_within(socket: OwnedFd, client_time: Duration) -> io::Result<Questions>
 
 async fn accept(listener: UnixListener, ask: mpsc::Sender<Question>, client_time: Duration) {
     let places = Arc::new(Semaphore::new(CLIENTS_MAX));
+    let mut failures = LogLimit::default();
     loop {
         let place = Arc::clone(&places).acquire_owned().await;
         match listener.accept().await {
@@ -80,7 +82,9 @@ async fn accept(listener: UnixListener, ask: mpsc::Sender<Question>, client_time
                 });
             }
             Err(error) => {
-                tracing::debug!("the control socket: {error}");
+                if let Some(times) = failures.event(Instant::now()) {
+                    tracing::warn!("cannot accept on the control socket ({times} times): {error}");
+                }
                 sleep(ACCEPT_PAUSE).await;
             }
         }
