@@ -46,6 +46,13 @@ pub const VISITORS: usize = 1024;
 /// Connections that are no tunnels (yet), from one source, unless configured.
 pub const VISITORS_PER_SOURCE: usize = 48;
 const _: () = assert!(VISITORS_PER_SOURCE < VISITORS / 8);
+/// One network may have this part of all unauthenticated connections, unless configured.
+pub const NETWORK_SHARE: usize = 4;
+const _: () = assert!(VISITORS_PER_SOURCE < VISITORS / NETWORK_SHARE);
+/// TLS handshakes of one source in a second, unless configured.
+pub const HANDSHAKES_PER_SECOND: u32 = 50;
+/// The highest rate of handshakes that may be configured: more than a processor can do.
+pub const HANDSHAKES_PER_SECOND_MAX: u32 = 100_000;
 /// As many visitors as may be configured: each takes a descriptor, of which tunnels want most.
 pub const VISITORS_MAX: usize = 16_384;
 /// Nameservers that fit in one resolv.conf (MAXNS of resolv.h).
@@ -258,7 +265,7 @@ impl Visitor<'_> for NumberOrAuto {
     }
 }
 
-/// How many strangers a server has to do with at a time.
+/// How many unauthenticated connections a server has at a time, and how many handshakes it does for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
@@ -266,6 +273,11 @@ pub struct Limits {
     pub visitors: usize,
     /// Connections that are no tunnels (yet), from one IPv4 address or the /64 of one IPv6 address.
     pub visitors_per_source: usize,
+    /// Connections that are no tunnels (yet), from one IPv4 /24 or IPv6 /48; unset: a quarter of `visitors`, or
+    /// `visitors_per_source` where that is more.
+    pub visitors_per_network: Option<usize>,
+    /// TLS handshakes per second of one IPv4 address or IPv6 /64. A /56 has twice, a /24 or /48 four times as many.
+    pub handshakes_per_second: u32,
 }
 
 impl Default for Limits {
@@ -273,11 +285,20 @@ impl Default for Limits {
         Limits {
             visitors: VISITORS,
             visitors_per_source: VISITORS_PER_SOURCE,
+            visitors_per_network: None,
+            handshakes_per_second: HANDSHAKES_PER_SECOND,
         }
     }
 }
 
 impl Limits {
+    /// `visitors_per_network`, as it is configured or follows from the others.
+    pub fn network_visitors(self) -> usize {
+        let share = self.visitors.div_ceil(NETWORK_SHARE);
+        self.visitors_per_network
+            .unwrap_or_else(|| share.max(self.visitors_per_source))
+    }
+
     fn validate(self) -> Result<(), ConfigError> {
         if self.visitors == 0 || self.visitors > VISITORS_MAX {
             return invalid("limits.visitors", format!("must be 1 to {VISITORS_MAX}"));
@@ -286,6 +307,21 @@ impl Limits {
             return invalid(
                 "limits.visitors_per_source",
                 format!("must be 1 to {}, the limit for all sources", self.visitors),
+            );
+        }
+        if !(self.visitors_per_source..=self.visitors).contains(&self.network_visitors()) {
+            return invalid(
+                "limits.visitors_per_network",
+                format!(
+                    "must be {} to {}, the limits for a source and for all",
+                    self.visitors_per_source, self.visitors
+                ),
+            );
+        }
+        if !(1..=HANDSHAKES_PER_SECOND_MAX).contains(&self.handshakes_per_second) {
+            return invalid(
+                "limits.handshakes_per_second",
+                format!("must be 1 to {HANDSHAKES_PER_SECOND_MAX}"),
             );
         }
         Ok(())
@@ -328,7 +364,7 @@ pub struct ServerConfig {
     pub client_to_client: bool,
     /// A plain HTTP server that answers everyone who is not a client, `http://HOST:PORT`; unset: the built-in page.
     pub site: Option<String>,
-    /// How many strangers it has to do with at a time: the table `[limits]`.
+    /// How many unauthenticated connections it has at a time: the table `[limits]`.
     pub limits: Limits,
 }
 
@@ -704,6 +740,8 @@ mod tests {
             [limits]
             visitors = 2000
             visitors_per_source = 500
+            visitors_per_network = 900
+            handshakes_per_second = 70
             "#,
         )
         .expect("valid");
@@ -721,6 +759,18 @@ mod tests {
         assert!(config.client_to_client);
         assert_eq!(config.limits.visitors, 2000);
         assert_eq!(config.limits.visitors_per_source, 500);
+        assert_eq!(config.limits.network_visitors(), 900);
+        assert_eq!(config.limits.handshakes_per_second, 70);
+    }
+
+    #[test]
+    fn a_raised_source_limit_raises_its_networks() {
+        let config = server("limits.visitors_per_source = 500").expect("valid");
+        assert_eq!(config.limits.network_visitors(), 500);
+        assert_eq!(
+            Limits::default().network_visitors(),
+            VISITORS / NETWORK_SHARE
+        );
     }
 
     #[test]
@@ -796,6 +846,18 @@ mod tests {
             (
                 "limits.visitors_per_source = 1025",
                 "limits.visitors_per_source",
+            ),
+            (
+                "limits.visitors_per_network = 47",
+                "limits.visitors_per_network",
+            ),
+            (
+                "limits.visitors_per_network = 1025",
+                "limits.visitors_per_network",
+            ),
+            (
+                "limits.handshakes_per_second = 0",
+                "limits.handshakes_per_second",
             ),
         ] {
             let error = server(text).expect_err(text).to_string();

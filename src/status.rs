@@ -85,6 +85,54 @@ pub struct Server {
     pub ipv6_uplink: bool,
     /// Nameservers that clients are told.
     pub dns: Vec<IpAddr>,
+    /// Connections before they are tunnels, and those that never become one.
+    #[serde(default)]
+    pub unauthenticated: Unauthenticated,
+}
+
+/// Connections that are no tunnels (yet): how many there are, and what has become of others since the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unauthenticated {
+    /// There are now, with those that are about to become tunnels.
+    pub connected: u64,
+    /// IPv4 /24s and IPv6 /48s that these come from.
+    pub networks: u64,
+    /// IPv4 addresses and IPv6 /64s that these come from.
+    pub sources: u64,
+    /// Connections that listeners have accepted.
+    pub accepted: u64,
+    /// Closed at once: the limit was reached by connections that are about to become tunnels.
+    pub refused: u64,
+    /// Evicted because of the limit for all: `visitors`.
+    pub evicted_total_limit: u64,
+    /// Evicted because of the limit for an IPv4 /24 or IPv6 /48: `visitors_per_network`.
+    pub evicted_network_limit: u64,
+    /// Evicted because of the limit for an IPv4 address or IPv6 /64: `visitors_per_source`.
+    pub evicted_source_limit: u64,
+    /// Evicted because the process or the host had no descriptors or memory left.
+    pub evicted_shortage: u64,
+    /// TLS handshakes that had to wait because of their source's rate.
+    pub handshakes_delayed: u64,
+    /// Of these, closed because their turn did not come in time.
+    pub handshakes_dropped: u64,
+    /// TLS handshakes that failed.
+    pub handshake_failures: u64,
+    /// Closed because a handshake, request or answer took too long.
+    pub timeouts: u64,
+    /// Requests that were answered like a web server does.
+    pub web_requests: u64,
+    /// Requests for a tunnel with a token of no peer.
+    pub wrong_tokens: u64,
+}
+
+impl Unauthenticated {
+    /// Evicted for any reason.
+    pub fn evicted(&self) -> u64 {
+        self.evicted_total_limit
+            + self.evicted_network_limit
+            + self.evicted_source_limit
+            + self.evicted_shortage
+    }
 }
 
 /// How a client's tunnel stands.
@@ -405,6 +453,21 @@ pub(crate) mod examples {
                 peers: 3,
                 ipv6_uplink: true,
                 dns: Vec::new(),
+                unauthenticated: Unauthenticated {
+                    connected: 250,
+                    networks: 2,
+                    sources: 6,
+                    accepted: 12_000,
+                    evicted_total_limit: 700,
+                    evicted_source_limit: 50,
+                    handshakes_delayed: 20,
+                    handshakes_dropped: 4,
+                    handshake_failures: 3,
+                    timeouts: 30,
+                    web_requests: 60,
+                    wrong_tokens: 1,
+                    ..Unauthenticated::default()
+                },
             }),
             client: None,
             workers: vec![Worker {

@@ -5,7 +5,8 @@
 //! | accept, read and write by io_uring | [`runtime`] |
 //! | TLS on top of that, until a worker takes over | [`handshake`] |
 //! | server: listeners, keeper, workers | [`server`] |
-//! | server: one stranger's connection, web page or tunnel | [`visitor`], bounded by [`gate`] |
+//! | server: one unauthenticated connection, web page or tunnel | [`visitor`] |
+//! | server: how many there may be, and how many handshakes | [`connection_limiter`], [`handshake_rate`], [`source_prefix`] |
 //! | server: who is connected | [`tunnels`], [`crate::proto::session`] |
 //! | server: what each peer has and had | [`peer_accounts`], [`log_limit`] |
 //! | both: what runs here, for whoever asks by the control socket | [`status`] |
@@ -15,9 +16,10 @@
 //! | both: log lines that peers can cause | [`log_limit`] |
 
 pub mod client;
+pub mod connection_limiter;
 pub mod dial;
-pub mod gate;
 pub mod handshake;
+pub mod handshake_rate;
 pub mod log_limit;
 pub mod network;
 pub mod opening;
@@ -25,6 +27,7 @@ pub mod peer_accounts;
 pub mod reconnect;
 pub mod runtime;
 pub mod server;
+pub mod source_prefix;
 pub mod status;
 pub mod tunnels;
 pub mod visitor;

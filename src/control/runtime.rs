@@ -8,9 +8,10 @@ use std::future::Future;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::net::{Shutdown, SocketAddr, TcpListener};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::TcpSocket;
 use tokio::time::{Instant, timeout_at};
 use tokio_uring::net::{TcpListener as RingListener, TcpStream as RingStream};
@@ -72,20 +73,30 @@ pub fn spawn(task: impl Future<Output = ()> + 'static) {
 /// A listening socket.
 pub struct Listener {
     ring: RingListener,
+    /// The same socket.
+    socket: TcpListener,
 }
 
 impl Listener {
     /// Takes over a socket that is bound and listening.
     ///
     /// # Errors
-    /// What fcntl said.
+    /// What fcntl said, for instance EMFILE.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
         let socket = TcpListener::from(socket);
         // A ring waits for a blocking socket by itself; a non-blocking one gives EAGAIN on old kernels.
         socket.set_nonblocking(false)?;
         Ok(Listener {
-            ring: RingListener::from_std(socket),
+            ring: RingListener::from_std(socket.try_clone()?),
+            socket,
         })
+    }
+
+    /// Whether a connection waits to be accepted. accept(2) itself does not tell where descriptors are short: it asks
+    /// for one first, and fails also when nobody connects.
+    pub fn is_waited_for(&self) -> bool {
+        let mut wanted = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut wanted, PollTimeout::ZERO), Ok(1..))
     }
 
     /// The next connection and where it comes from; an IPv4 source is one, also on an IPv6 socket.

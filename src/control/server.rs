@@ -5,13 +5,15 @@ use std::collections::HashSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::mpsc;
 use tokio::time::sleep;
 
-use super::gate::Gate;
+use super::connection_limiter::ConnectionLimiter;
+use super::handshake_rate::HandshakeRate;
+use super::log_limit::{LOG_INTERVAL, LogLimit};
 use super::runtime::{Listener, spawn};
 use super::status::{self, Subject};
 use super::tunnels::{Offer, Tunnels};
@@ -29,6 +31,14 @@ use crate::worker::Event;
 
 /// How long to wait after accept(2) failed for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long to wait after a connection was evicted for that: its descriptor is closed in a moment.
+const EVICTION_PAUSE: Duration = Duration::from_millis(10);
+/// Connections that are evicted when descriptors are short. More than one, because a connection needs a second
+/// descriptor for a moment when it becomes a tunnel.
+const SHORTAGE_EVICTIONS: usize = 8;
+/// What happens in this time after a first eviction goes into the same log line.
+const PRESSURE_TIME: Duration = Duration::from_secs(1);
+const _: () = assert!(PRESSURE_TIME.as_millis() < LOG_INTERVAL.as_millis());
 
 /// Serves until the keeper says stop or something fails.
 pub async fn run(
@@ -47,10 +57,10 @@ pub async fn run(
         Ok(house) => Rc::new(house),
         Err(ending) => return ending,
     };
-    let gate = Gate::new(setup.config.limits);
+    spawn(log_pressure(house.limiter.clone()));
     for (listener, address) in fds.listeners.into_iter().zip(&setup.listeners) {
         match Listener::new(listener) {
-            Ok(listener) => spawn(accept(Rc::clone(&house), gate.clone(), listener)),
+            Ok(listener) => spawn(accept(Rc::clone(&house), listener)),
             Err(error) => return Ending::failed(format!("cannot accept on {address}: {error}")),
         }
     }
@@ -145,6 +155,10 @@ fn open(
             pool,
             setup.peers.clone(),
         )),
+        limiter: ConnectionLimiter::new(setup.config.limits),
+        handshake_rate: RefCell::new(HandshakeRate::new(
+            setup.config.limits.handshakes_per_second,
+        )),
     })
 }
 
@@ -181,26 +195,75 @@ fn report(setup: &ServerSetup, house: &House, subject: &Subject) -> Option<Repor
         peers: tunnels.peer_count(),
         ipv6_uplink: setup.ipv6_uplink,
         dns: setup.dns.clone(),
+        unauthenticated: house.limiter.counts(),
     });
     Some(report)
 }
 
-async fn accept(house: Rc<House>, gate: Gate, listener: Listener) {
+async fn accept(house: Rc<House>, listener: Listener) {
+    let mut failures = LogLimit::default();
     loop {
-        match listener.accept().await {
-            Ok((stream, source)) => match gate.enter(source.ip()) {
-                Some(place) => spawn(visitor::serve(Rc::clone(&house), stream, source, place)),
-                None => {
-                    tracing::debug!("{source}: turned away, too many connections without a tunnel")
+        let error = match listener.accept().await {
+            Ok((stream, source)) => {
+                match house.limiter.admit(source.ip()) {
+                    Some(permit) => {
+                        spawn(visitor::serve(Rc::clone(&house), stream, source, permit));
+                    }
+                    None => tracing::debug!("{source}: refused, too many are about to connect"),
                 }
-            },
-            Err(error) if is_passing(&error) => tracing::debug!("accept: {error}"),
-            Err(error) => {
-                tracing::warn!("cannot accept connections now: {error}");
-                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+            Err(error) if is_passing(&error) => {
+                tracing::debug!("accept: {error}");
+                continue;
+            }
+            Err(error) => error,
+        };
+        if let Some(times) = failures.event(Instant::now()) {
+            tracing::warn!("cannot accept connections now ({times} times): {error}");
+        }
+        let mut pause = ACCEPT_PAUSE;
+        if is_shortage(&error) && listener.is_waited_for() {
+            for _ in 0..SHORTAGE_EVICTIONS {
+                if house.limiter.evict_for_shortage() {
+                    pause = EVICTION_PAUSE;
+                }
             }
         }
+        sleep(pause).await;
     }
+}
+
+/// Says in the log, once in [`LOG_INTERVAL`] at most, that connections were evicted or their handshakes had to wait.
+async fn log_pressure(limiter: ConnectionLimiter) {
+    let mut told = limiter.counts();
+    loop {
+        limiter.pressure().await;
+        sleep(PRESSURE_TIME).await;
+        let counts = limiter.counts();
+        let fullest = limiter
+            .fullest_network()
+            .map(|network| format!(", {} of them from {}", network.connections, network.prefix));
+        tracing::warn!(
+            "many unauthenticated connections: {} evicted, {} refused, {} handshakes delayed, {} dropped; {} connected{}",
+            counts.evicted() - told.evicted(),
+            counts.refused - told.refused,
+            counts.handshakes_delayed - told.handshakes_delayed,
+            counts.handshakes_dropped - told.handshakes_dropped,
+            counts.connected,
+            fullest.unwrap_or_default(),
+        );
+        told = counts;
+        sleep(LOG_INTERVAL - PRESSURE_TIME).await;
+    }
+}
+
+/// The process or the host has no descriptors or memory left.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)
+    )
 }
 
 /// The connection was gone before it was accepted; the next one is none the worse.

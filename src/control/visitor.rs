@@ -11,11 +11,13 @@ use std::time::{Duration, SystemTime};
 use rustls::ServerConfig;
 use std::cell::RefCell;
 use std::sync::Arc;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
-use super::gate::Place;
+use super::connection_limiter::{ConnectionLimiter, Permit};
 use super::handshake::{GOODBYE_TIME, SecureStream, StreamError};
+use super::handshake_rate::{HandshakeRate, Turn};
 use super::runtime::Stream;
+use super::source_prefix::SourcePrefixes;
 use super::tunnels::{Admitted, NewTunnel, Offer, Tunnels};
 use crate::keeper::Link;
 use crate::keeper::request::Peer;
@@ -24,10 +26,16 @@ use crate::proto::http::{
     self, InstanceId, Layer, OffloadHeader, Parsed, Request, Upgrade, UpgradeRequest,
 };
 
-/// From accept to a whole request head.
+/// From accept to a whole request head, as long as unauthenticated connections are few.
 pub const GREETING_TIME: Duration = Duration::from_secs(10);
-/// From one answer to the next request's whole head.
+/// The same where there are as many as there may be: a TLS handshake over a slow path, one packet of it lost.
+pub const GREETING_TIME_MIN: Duration = Duration::from_secs(3);
+/// From one answer to the next request's whole head, as long as unauthenticated connections are few.
 pub const IDLE_TIME: Duration = Duration::from_secs(15);
+/// The same where there are as many as there may be.
+pub const IDLE_TIME_MIN: Duration = Duration::from_secs(2);
+/// The least time from one look for a handshake's turn to the next.
+pub const TURN_INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// How long an answer may take to be sent.
 pub const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// Requests answered on one connection.
@@ -48,32 +56,97 @@ pub struct House {
     pub link: Link,
     /// Who is connected; nothing of it is held over an await.
     pub tunnels: RefCell<Tunnels>,
+    /// Bounds the connections that are served here.
+    pub limiter: ConnectionLimiter,
+    /// Bounds their handshakes; nothing of it is held over an await.
+    pub handshake_rate: RefCell<HandshakeRate>,
 }
 
-/// Serves one connection to its end, or to its hand-over to a worker.
-pub async fn serve(house: Rc<House>, stream: Stream, source: SocketAddr, place: Place) {
-    let served = greet(&house, stream, source).await;
-    drop(place);
+/// Serves one connection to its end, to its hand-over to a worker, or until it is evicted.
+pub async fn serve(house: Rc<House>, stream: Stream, source: SocketAddr, permit: Permit) {
+    let served = tokio::select! {
+        // First, so that a connection which was evicted is not served any further.
+        biased;
+        () = permit.evicted() => return tracing::debug!("{source}: evicted"),
+        served = greet(&house, stream, source, &permit) => served,
+    };
+    drop(permit);
     if let Err(error) = served {
+        if matches!(error, StreamError::TimedOut) {
+            house.limiter.count(|counts| counts.timeouts += 1);
+        }
         tracing::debug!("{source}: {error}");
     }
 }
 
-async fn greet(house: &House, stream: Stream, source: SocketAddr) -> Result<(), StreamError> {
-    let deadline = Instant::now() + GREETING_TIME;
+async fn greet(
+    house: &House,
+    stream: Stream,
+    source: SocketAddr,
+    permit: &Permit,
+) -> Result<(), StreamError> {
+    let time = house
+        .limiter
+        .under_pressure(GREETING_TIME, GREETING_TIME_MIN);
+    let deadline = Instant::now() + time;
     let mut received = Vec::new();
     if stream.read(&mut received, deadline).await? == 0 {
         return Ok(());
     }
     if received[0] != TLS_HANDSHAKE {
-        return redirect(stream, received, deadline).await;
+        return redirect(house, stream, received, deadline).await;
     }
-    let stream = SecureStream::accept(stream, Arc::clone(&house.tls), &received, deadline).await?;
-    converse(house, stream, source, deadline).await
+    if !handshake_turn(house, source, deadline).await {
+        tracing::debug!("{source}: too many handshakes");
+        return Ok(());
+    }
+    let tls = Arc::clone(&house.tls);
+    let accepted = SecureStream::accept(stream, tls, &received, deadline).await;
+    if let Err(StreamError::Tls(_)) = accepted {
+        house.limiter.count(|counts| counts.handshake_failures += 1);
+    }
+    let stream = accepted?;
+    permit.finish_tls();
+    converse(house, stream, source, deadline, permit).await
+}
+
+/// Waits until the source may begin one more handshake; false if that would be after the deadline.
+///
+/// A handshake that is over the rate waits, because many clients behind one address reconnect together when a server
+/// restarts. Nothing is reserved for it: it asks again later, beside those that have come since. If turns were handed
+/// out in advance, a crowd could take all turns up to the deadline and then leave, and nobody else would get one.
+async fn handshake_turn(house: &House, source: SocketAddr, deadline: Instant) -> bool {
+    let prefixes = SourcePrefixes::of(source.ip());
+    let mut is_delayed = false;
+    loop {
+        let now = Instant::now();
+        let turn = house
+            .handshake_rate
+            .borrow_mut()
+            .take(prefixes, now.into_std());
+        let Turn::Wait(wait) = turn else {
+            return true;
+        };
+        if !is_delayed {
+            is_delayed = true;
+            house
+                .limiter
+                .count_pressure(|counts| counts.handshakes_delayed += 1);
+        }
+        let again = now + wait.max(TURN_INTERVAL_MIN);
+        if again >= deadline {
+            house
+                .limiter
+                .count_pressure(|counts| counts.handshakes_dropped += 1);
+            return false;
+        }
+        sleep_until(again).await;
+    }
 }
 
 /// Answers one plain HTTP request with the way to `https`.
 async fn redirect(
+    house: &House,
     stream: Stream,
     mut received: Vec<u8>,
     deadline: Instant,
@@ -91,6 +164,7 @@ async fn redirect(
             Parsed::Unreadable => break http::unreadable_response(SystemTime::now()),
         }
     };
+    house.limiter.count(|counts| counts.web_requests += 1);
     stream.write(answer, Instant::now() + ANSWER_TIME).await?;
     stream.finish(GOODBYE_TIME).await;
     Ok(())
@@ -102,6 +176,7 @@ async fn converse(
     mut stream: SecureStream,
     source: SocketAddr,
     mut deadline: Instant,
+    permit: &Permit,
 ) -> Result<(), StreamError> {
     for served in 1..=REQUESTS_MAX {
         let Some(parsed) = next_request(&mut stream, deadline).await? else {
@@ -109,13 +184,19 @@ async fn converse(
         };
         let answer_by = Instant::now() + ANSWER_TIME;
         let Some(request) = parsed else {
+            house.limiter.count(|counts| counts.web_requests += 1);
             stream
                 .write(&http::unreadable_response(SystemTime::now()), answer_by)
                 .await?;
             break;
         };
-        match judge(house, &request) {
+        let verdict = judge(house, &request);
+        if !matches!(verdict, Verdict::Tunnel(..)) {
+            house.limiter.count(|counts| counts.web_requests += 1);
+        }
+        match verdict {
             Verdict::Tunnel(peer, upgrade) => {
+                permit.accept_token();
                 return tunnel(house, stream, source, peer, upgrade).await;
             }
             Verdict::BadUpgrade => {
@@ -134,7 +215,7 @@ async fn converse(
         if !request.keep_alive || served == REQUESTS_MAX {
             break;
         }
-        deadline = Instant::now() + IDLE_TIME;
+        deadline = Instant::now() + house.limiter.under_pressure(IDLE_TIME, IDLE_TIME_MIN);
         if !skip_body(&mut stream, request.body_bytes, deadline).await? {
             break;
         }
@@ -206,7 +287,7 @@ fn judge(house: &House, request: &Request) -> Verdict {
         Upgrade::Malformed { token } => {
             match token.as_ref().and_then(|token| tunnels.authorise(token)) {
                 Some(_) => Verdict::BadUpgrade,
-                None => Verdict::Page,
+                None => page(house, token.is_some()),
             }
         }
         Upgrade::Tunnel(upgrade) => match tunnels.authorise(&upgrade.token) {
@@ -214,9 +295,17 @@ fn judge(house: &House, request: &Request) -> Verdict {
                 Verdict::Tunnel(peer.clone(), upgrade.clone())
             }
             Some(_) => Verdict::BadUpgrade,
-            None => Verdict::Page,
+            None => page(house, true),
         },
     }
+}
+
+fn page(house: &House, has_wrong_token: bool) -> Verdict {
+    let wrong_tokens = u64::from(has_wrong_token);
+    house
+        .limiter
+        .count(|counts| counts.wrong_tokens += wrong_tokens);
+    Verdict::Page
 }
 
 /// Answers an authorised upgrade and hands the connection over.
@@ -293,13 +382,12 @@ fn admit(house: &House, peer: Peer, instance: InstanceId) -> Result<Admitted, Cl
 #[cfg(test)]
 mod tests {
     use std::net::{Ipv4Addr, TcpListener, TcpStream};
-    use std::os::fd::AsFd;
+    use std::os::fd::{AsFd, OwnedFd};
 
     use rustls::ClientConfig;
     use rustls::pki_types::ServerName;
     use tokio::sync::mpsc;
 
-    use super::super::gate::Gate;
     use super::super::runtime::{Runtime, connect, spawn};
     use super::*;
     use crate::config::{Cipher, ClientConfig as Config, Limits};
@@ -317,6 +405,16 @@ mod tests {
 
     /// A house whose keeper has gone, with no worker: enough for everything but a tunnel.
     fn house() -> (Rc<House>, Arc<ClientConfig>) {
+        house_with(Limits::default())
+    }
+
+    fn house_with(limits: Limits) -> (Rc<House>, Arc<ClientConfig>) {
+        let (house, tls, _) = house_and_keeper(limits);
+        (house, tls)
+    }
+
+    /// The same with the keeper's end of the link, which answers nothing.
+    fn house_and_keeper(limits: Limits) -> (Rc<House>, Arc<ClientConfig>, OwnedFd) {
         let (daemon, keeper) = fdpass::pair().expect("socket pair");
         let setup = Setup::Client(Box::new(ClientSetup {
             origin: Origin {
@@ -370,10 +468,13 @@ mod tests {
                 pool.expect("pool"),
                 vec![peer],
             )),
+            limiter: ConnectionLimiter::new(limits),
+            handshake_rate: RefCell::new(HandshakeRate::new(limits.handshakes_per_second)),
         };
         (
             Rc::new(house),
             client_config(trust, Cipher::Auto).expect("client configuration"),
+            keeper,
         )
     }
 
@@ -387,11 +488,9 @@ mod tests {
             .await
             .expect("connected");
         let (served, source) = listener.accept().expect("accepted");
-        let place = Gate::new(Limits::default())
-            .enter(source.ip())
-            .expect("a place");
+        let permit = house.limiter.admit(source.ip()).expect("a permit");
         let stream = Stream::new(TcpStream::into(served)).expect("stream");
-        spawn(serve(Rc::clone(house), stream, source, place));
+        spawn(serve(Rc::clone(house), stream, source, permit));
         Stream::new(socket).expect("stream")
     }
 
@@ -512,6 +611,138 @@ mod tests {
                 answer.starts_with("HTTP/1.1 400 Bad Request\r\n"),
                 "{answer}"
             );
+        });
+    }
+
+    async fn connect_tls(house: &Rc<House>, tls: &Arc<ClientConfig>) -> SecureStream {
+        let name = ServerName::try_from("site.example").expect("name");
+        let connected =
+            SecureStream::connect(visit(house).await, Arc::clone(tls), name, soon()).await;
+        connected.expect("TLS")
+    }
+
+    #[test]
+    fn an_evicted_connection_is_closed() {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
+            let limits = Limits {
+                visitors: 2,
+                visitors_per_source: 2,
+                ..Limits::default()
+            };
+            let (house, tls) = house_with(limits);
+            let mut web = connect_tls(&house, &tls).await;
+            let request = b"GET / HTTP/1.1\r\nHost: site.example\r\n\r\n";
+            web.write(request, soon()).await.expect("written");
+            assert!(web.read(soon()).await.expect("an answer"));
+            let silent = visit(&house).await;
+
+            let _third = visit(&house).await;
+            let mut received = Vec::new();
+            let read = silent.read(&mut received, soon()).await;
+            assert_eq!(read.expect("the end"), 0, "the silent one goes first");
+            assert_eq!(house.limiter.counts().connected, 2);
+
+            let mut fourth = connect_tls(&house, &tls).await;
+            fourth.write(request, soon()).await.expect("written");
+            assert!(fourth.read(soon()).await.expect("an answer"));
+            // Both have finished TLS now, so the older one goes.
+            let _fifth = visit(&house).await;
+            while matches!(web.read(soon()).await, Ok(true)) {}
+            fourth.write(request, soon()).await.expect("written");
+            assert!(fourth.read(soon()).await.expect("an answer"));
+            let counts = house.limiter.counts();
+            assert_eq!(counts.evicted_source_limit, 3);
+            assert_eq!(counts.web_requests, 3);
+        });
+    }
+
+    #[test]
+    fn a_connection_with_a_right_token_is_not_evicted() {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
+            let limits = Limits {
+                visitors: 1,
+                visitors_per_source: 1,
+                ..Limits::default()
+            };
+            // Its lease is new and the keeper does not save it, so that the hand-over has to wait.
+            let (house, tls, _keeper) = house_and_keeper(limits);
+            let right = format!(
+                "Authorization: Bearer {}\n",
+                Token::from_bytes(TOKEN).reveal()
+            );
+            let request = upgrade(&right, "1.1", "Capsule-Protocol: ?1\n").replace('\n', "\r\n");
+            let mut client = connect_tls(&house, &tls).await;
+            client
+                .write(request.as_bytes(), soon())
+                .await
+                .expect("written");
+            let deadline = soon();
+            while house.limiter.fullest_network().is_some() {
+                assert!(Instant::now() < deadline, "it can still be evicted");
+                sleep_until(Instant::now() + Duration::from_millis(1)).await;
+            }
+            assert!(!house.limiter.evict_for_shortage());
+            assert!(house.limiter.admit(Ipv4Addr::LOCALHOST.into()).is_none());
+            assert_eq!(house.limiter.counts().connected, 1);
+        });
+    }
+
+    #[test]
+    fn a_handshake_over_the_rate_waits_for_its_turn() {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
+            let limits = Limits {
+                handshakes_per_second: 5,
+                ..Limits::default()
+            };
+            let (house, tls) = house_with(limits);
+            let source = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+            while !matches!(
+                house
+                    .handshake_rate
+                    .borrow_mut()
+                    .take(SourcePrefixes::of(source.ip()), Instant::now().into_std()),
+                Turn::Wait(_)
+            ) {}
+            let late = Instant::now() + TURN_INTERVAL_MIN;
+            assert!(!handshake_turn(&house, source, late).await);
+            let counts = house.limiter.counts();
+            assert_eq!(
+                (counts.handshakes_delayed, counts.handshakes_dropped),
+                (1, 1)
+            );
+
+            let _stream = connect_tls(&house, &tls).await;
+            let counts = house.limiter.counts();
+            assert_eq!(
+                (counts.handshakes_delayed, counts.handshakes_dropped),
+                (2, 1)
+            );
+        });
+    }
+
+    #[test]
+    fn what_becomes_of_connections_is_counted() {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
+            let (house, tls) = house();
+            let stream = visit(&house).await;
+            let record = vec![TLS_HANDSHAKE, 3, 4, 0, 4, 0, 0, 0, 0];
+            stream.write(record, soon()).await.expect("written");
+            let mut alert = Vec::new();
+            while matches!(stream.read(&mut alert, soon()).await, Ok(1..)) {}
+            assert_eq!(house.limiter.counts().handshake_failures, 1);
+
+            let wrong = format!(
+                "Authorization: Bearer {}\n",
+                Token::from_bytes([8; 32]).reveal()
+            );
+            let capsules = "Capsule-Protocol: ?1\n";
+            for capsules in ["", capsules] {
+                ask(&house, &tls, &upgrade(&wrong, "1.1", capsules)).await;
+            }
+            ask(&house, &tls, &upgrade("", "1.1", capsules)).await;
+            let counts = house.limiter.counts();
+            assert_eq!((counts.web_requests, counts.wrong_tokens), (3, 2));
+            assert_eq!((counts.accepted, counts.evicted()), (4, 0));
         });
     }
 

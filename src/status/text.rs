@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use crate::config::IoMode;
 
-use super::{Connection, Report, Role, Session, State, Worker};
+use super::{Connection, Report, Role, Session, State, Unauthenticated, Worker};
 
 /// Between columns.
 const GAP: &str = "  ";
@@ -118,6 +118,8 @@ fn facts(report: &Report) -> Table {
             fact("IPv6", "none here, so clients get none".into());
         }
         fact("nameservers", joined(&server.dns));
+        fact("unauthenticated", presence(&server.unauthenticated));
+        fact("", outcomes(&server.unauthenticated));
     }
     if let Some(client) = &report.client {
         let state = match client.state {
@@ -159,6 +161,46 @@ fn facts(report: &Report) -> Table {
     let controls = controls.into_iter().filter(|name| !name.is_empty());
     fact("congestion", joined(controls));
     table
+}
+
+/// Unauthenticated connections that are there.
+fn presence(unauthenticated: &Unauthenticated) -> String {
+    let Unauthenticated {
+        connected,
+        networks,
+        accepted,
+        ..
+    } = unauthenticated;
+    let from = match networks {
+        0 => String::new(),
+        1 => " from 1 network".into(),
+        more => format!(" from {} networks", count(*more)),
+    };
+    format!(
+        "{} connected{from}, {} accepted",
+        count(*connected),
+        count(*accepted)
+    )
+}
+
+/// What has become of others, unless that is nothing.
+fn outcomes(unauthenticated: &Unauthenticated) -> String {
+    let outcomes = [
+        ("evicted", unauthenticated.evicted()),
+        ("refused", unauthenticated.refused),
+        ("handshakes delayed", unauthenticated.handshakes_delayed),
+        ("dropped", unauthenticated.handshakes_dropped),
+        ("failed", unauthenticated.handshake_failures),
+        ("timed out", unauthenticated.timeouts),
+        ("web requests", unauthenticated.web_requests),
+        ("wrong tokens", unauthenticated.wrong_tokens),
+    ];
+    let outcomes: Vec<String> = outcomes
+        .into_iter()
+        .filter(|(_, number)| *number > 0)
+        .map(|(name, number)| format!("{name} {}", count(number)))
+        .collect();
+    outcomes.join(", ")
 }
 
 fn workers(workers: &[Worker]) -> Table {
@@ -423,10 +465,12 @@ mod tests {
         let shown = text(&examples::server(vec![twice, away]));
         let expected = "\
 ringtun0: server, up 2 h 3 min (version 0.1.0, keeper 10, daemon 11)
-  listening on  [::]:443
-  peers         3 invited, 1 connected
-  pools         10.87.0.0/16 fd00::/64
-  offloads      csum tso4 tso6
+  listening on     [::]:443
+  peers            3 invited, 1 connected
+  pools            10.87.0.0/16 fd00::/64
+  unauthenticated  250 connected from 2 networks, 12,000 accepted
+                   evicted 750, handshakes delayed 20, dropped 4, failed 3, timed out 30, web requests 60, wrong tokens 1
+  offloads         csum tso4 tso6
 
   worker  io_uring           buffers                       from TUN   to TUN  dropped
   0       deferred, batches  16 MiB of 32 MiB, registered  0 B in 12  0       no route 4

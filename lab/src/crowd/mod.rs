@@ -68,7 +68,8 @@ const OTHER_FILES: u64 = 512;
 /// Where `ringtun server` looks for its configuration.
 const CONFIG_PATH: &str = "/etc/ringtun/server.toml";
 /// All sessions come from one address here.
-const CONFIG: &str = "[limits]\nvisitors = 4096\nvisitors_per_source = 4096\n";
+const CONFIG: &str =
+    "[limits]\nvisitors = 4096\nvisitors_per_source = 4096\nhandshakes_per_second = 4096\n";
 
 /// The options of `lab crowd`.
 #[derive(Debug, clap::Args)]
