@@ -33,6 +33,17 @@ pub fn connect(host: &Host, to: SocketAddr) -> io::Result<TlsStream> {
     Ok(stream)
 }
 
+/// The first flight of a handshake: a whole ClientHello, in one record.
+pub fn client_hello() -> Vec<u8> {
+    let name = ServerName::try_from("www.example.org").expect("a name");
+    let mut connection = ClientConnection::new(Arc::new(config()), name).expect("a client");
+    let mut hello = Vec::new();
+    connection
+        .write_tls(&mut hello)
+        .expect("a vector takes all");
+    hello
+}
+
 /// SHA-256 of the public key in the server's certificate.
 pub fn public_key_sha256(stream: &TlsStream) -> [u8; 32] {
     let certificates = stream
