@@ -265,7 +265,8 @@ impl Visitor<'_> for NumberOrAuto {
     }
 }
 
-/// How many unauthenticated connections a server has at a time, and how many handshakes it does for them.
+/// How many unauthenticated connections a server has at a time, and how many handshakes it does for
+/// them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
@@ -273,10 +274,11 @@ pub struct Limits {
     pub visitors: usize,
     /// Connections that are no tunnels (yet), from one IPv4 address or the /64 of one IPv6 address.
     pub visitors_per_source: usize,
-    /// Connections that are no tunnels (yet), from one IPv4 /24 or IPv6 /48; unset: a quarter of `visitors`, or
-    /// `visitors_per_source` where that is more.
+    /// Connections that are no tunnels (yet), from one IPv4 /24 or IPv6 /48; unset: a quarter of
+    /// `visitors`, or `visitors_per_source` where that is more.
     pub visitors_per_network: Option<usize>,
-    /// TLS handshakes per second of one IPv4 address or IPv6 /64. A /56 has twice, a /24 or /48 four times as many.
+    /// TLS handshakes per second of one IPv4 address or IPv6 /64. A /56 has twice, a /24 or /48
+    /// four times as many.
     pub handshakes_per_second: u32,
 }
 

@@ -90,7 +90,8 @@ pub struct Server {
     pub unauthenticated: Unauthenticated,
 }
 
-/// Connections that are no tunnels (yet): how many there are, and what has become of others since the start.
+/// Connections that are no tunnels (yet): how many there are, and what has become of others since
+/// the start.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unauthenticated {
     /// There are now, with those that are about to become tunnels.

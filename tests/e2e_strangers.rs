@@ -1,7 +1,8 @@
 //! Connections without a token cannot keep a client with one out, however many they are.
 //!
-//! The crowd is `internet`'s: it has as many addresses as a test wants, and no firewall in front. It opens all its
-//! connections and opens another for each that the server closes, up to a limit and until the client is in.
+//! The crowd is `internet`'s: it has as many addresses as a test wants, and no firewall in front.
+//! It opens all its connections and opens another for each that the server closes, up to a limit
+//! and until the client is in.
 
 mod common;
 
@@ -136,7 +137,8 @@ fn is_open(stream: &mut TcpStream) -> bool {
     }
 }
 
-/// Lets a crowd loose on the server and then a client, which has to get in within [`ADMISSION_TIME`].
+/// Lets a crowd loose on the server and then a client, which has to get in within
+/// [`ADMISSION_TIME`].
 fn admit_beside_a_crowd(
     lab: &Lab,
     origin: Origin,

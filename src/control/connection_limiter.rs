@@ -1,16 +1,20 @@
 //! The bound on unauthenticated connections, and which of them goes when there is one too many.
 //!
-//! A connection is unauthenticated from accept(2) until it is a tunnel, and holds a [`Permit`] for that time. There are
-//! limits for all of them together, for a network and for a source (see [`Tier`]). Where a limit is reached, the
-//! newcomer is admitted all the same and another connection is evicted, so that nobody can keep others out by staying.
+//! A connection is unauthenticated from accept(2) until it is a tunnel, and holds a [`Permit`] for
+//! that time. There are limits for all of them together, for a network and for a source (see
+//! [`Tier`]). Where a limit is reached, the newcomer is admitted all the same and another
+//! connection is evicted, so that nobody can keep others out by staying.
 //!
-//! The victim is found from the shortest prefix to the longest: of all networks the one with most connections, in it the
-//! IPv6 /56 with most, in that the source with most. So a /24 and a /48 are a crowd each, over however many addresses
-//! it spreads its connections, and a newcomer from a quiet prefix is never evicted for the sake of a crowd elsewhere. At the
-//! source, the oldest connection that has not finished TLS goes; if all have, the oldest altogether. Between prefixes
-//! with equally many connections the same order decides. A connection whose token was accepted is never evicted.
+//! The victim is found from the shortest prefix to the longest: of all networks the one with most
+//! connections, in it the IPv6 /56 with most, in that the source with most. So a /24 and a /48 are
+//! a crowd each, over however many addresses it spreads its connections, and a newcomer from a
+//! quiet prefix is never evicted for the sake of a crowd elsewhere. At the source, the oldest
+//! connection that has not finished TLS goes; if all have, the oldest altogether. Between prefixes
+//! with equally many connections the same order decides. A connection whose token was accepted is
+//! never evicted.
 //!
-//! Memory is proportional to the connections that are there: a prefix is forgotten with its last connection.
+//! Memory is proportional to the connections that are there: a prefix is forgotten with its last
+//! connection.
 
 use std::cell::{Ref, RefCell};
 use std::cmp::Reverse;
@@ -26,7 +30,8 @@ use super::source_prefix::{SourcePrefixes, Tier};
 use crate::config::Limits;
 use crate::status::Unauthenticated;
 
-/// Order of eviction, least first: connections that have not finished TLS before those that have, then by age.
+/// Order of eviction, least first: connections that have not finished TLS before those that have,
+/// then by age.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
     finished_tls: bool,
@@ -34,7 +39,8 @@ struct Rank {
     sequence: u64,
 }
 
-/// A prefix among its siblings: the greatest is the fullest, or of equally full ones that with the first rank.
+/// A prefix among its siblings: the greatest is the fullest, or of equally full ones that with the
+/// first rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Crowd {
     connections: usize,
@@ -131,8 +137,9 @@ impl ConnectionLimiter {
         }
     }
 
-    /// Admits a connection from `address`, and evicts another if a limit is reached. None only where the limit is
-    /// reached by connections whose tokens were accepted and which are about to become tunnels.
+    /// Admits a connection from `address`, and evicts another if a limit is reached. None only
+    /// where the limit is reached by connections whose tokens were accepted and which are about to
+    /// become tunnels.
     pub fn admit(&self, address: IpAddr) -> Option<Permit> {
         let source = SourcePrefixes::of(address);
         let mut table = self.table.borrow_mut();
@@ -158,7 +165,8 @@ impl ConnectionLimiter {
         })
     }
 
-    /// Evicts one connection because the process or the host has no descriptors or memory left. False if none can be.
+    /// Evicts one connection because the process or the host has no descriptors or memory left.
+    /// False if none can be.
     pub fn evict_for_shortage(&self) -> bool {
         let mut table = self.table.borrow_mut();
         let evicted = table.evict_within(Reached::Total);
@@ -169,8 +177,8 @@ impl ConnectionLimiter {
         evicted
     }
 
-    /// How far `time` is shortened because connections become scarce. It is whole until half of them are there, and
-    /// then falls to `shortest` in proportion.
+    /// How far `time` is shortened because connections become scarce. It is whole until half of
+    /// them are there, and then falls to `shortest` in proportion.
     pub fn under_pressure(&self, time: Duration, shortest: Duration) -> Duration {
         let table = self.table.borrow();
         shortened(time, shortest, table.all.permits, table.limits.visitors)
@@ -222,7 +230,8 @@ impl ConnectionLimiter {
 }
 
 impl Permit {
-    /// The connection has finished its TLS handshake. It is evicted after those at its source that have not.
+    /// The connection has finished its TLS handshake. It is evicted after those at its source that
+    /// have not.
     pub fn finish_tls(&self) {
         self.set_rank(Some(Rank {
             finished_tls: true,
@@ -232,12 +241,14 @@ impl Permit {
 
     /// The connection's token was accepted. It is no longer evicted.
     ///
-    /// This comes too late for a permit that was evicted before: poll [`Self::evicted`] before what may call this.
+    /// This comes too late for a permit that was evicted before: poll [`Self::evicted`] before what
+    /// may call this.
     pub fn accept_token(&self) {
         self.set_rank(None);
     }
 
-    /// Waits until the connection is evicted: it is to be closed at once. Its permit has been given to another then.
+    /// Waits until the connection is evicted: it is to be closed at once. Its permit has been given
+    /// to another then.
     pub async fn evicted(&self) {
         self.evicted.notified().await;
     }
@@ -254,8 +265,8 @@ impl Drop for Permit {
 }
 
 impl Table {
-    /// The limit that one more connection from `source` would exceed; of several that of the longest prefix, because an
-    /// eviction there makes room in the shorter ones as well.
+    /// The limit that one more connection from `source` would exceed; of several that of the
+    /// longest prefix, because an eviction there makes room in the shorter ones as well.
     fn limit_reached(&self, source: SourcePrefixes) -> Option<Reached> {
         for (tier, prefix) in source.iter().rev() {
             let permits = self.prefixes.get(&prefix).map_or(0, |node| node.permits);
@@ -292,7 +303,8 @@ impl Table {
         (rank.sequence, evicted)
     }
 
-    /// Evicts the connection that is first to go within the prefix. False if none there can be evicted.
+    /// Evicts the connection that is first to go within the prefix. False if none there can be
+    /// evicted.
     fn evict_within(&mut self, reached: Reached) -> bool {
         let within = match reached {
             Reached::Total => Some(&self.all),
@@ -347,7 +359,8 @@ impl Table {
         Some(connection)
     }
 
-    /// Makes the same change to the prefixes of `source` and to all addresses, and keeps the order of crowds.
+    /// Makes the same change to the prefixes of `source` and to all addresses, and keeps the order
+    /// of crowds.
     fn update(&mut self, source: SourcePrefixes, change: impl Fn(&mut Node)) {
         change(&mut self.all);
         let mut parent = None;
@@ -684,7 +697,8 @@ mod tests {
         proptest::collection::vec(operation, 1..120)
     }
 
-    /// Every count of the table is what its connections add up to, and nothing is left of those that are gone.
+    /// Every count of the table is what its connections add up to, and nothing is left of those
+    /// that are gone.
     fn check(table: &Table, model: &Model) -> Result<(), TestCaseError> {
         let sequences: BTreeSet<u64> = table.connections.keys().copied().collect();
         prop_assert_eq!(sequences, model.connections.keys().copied().collect());

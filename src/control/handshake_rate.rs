@@ -1,13 +1,15 @@
-//! How many TLS handshakes a source may begin: the bound on what one crowd can cost the control thread.
+//! How many TLS handshakes a source may begin: the bound on what one crowd can cost the control
+//! thread.
 //!
-//! A handshake costs the server a signature and a key exchange, and the client next to nothing. So each prefix of
-//! [`SourcePrefixes`] has a token bucket that holds [`BURST_TIME`] of its rate, and a handshake takes a token of every
-//! prefix that contains its source, or of none.
+//! A handshake costs the server a signature and a key exchange, and the client next to nothing. So
+//! each prefix of [`SourcePrefixes`] has a token bucket that holds [`BURST_TIME`] of its rate, and
+//! a handshake takes a token of every prefix that contains its source, or of none.
 //!
-//! A bucket is kept as the time at which it is full again (the generic cell rate algorithm, ITU-T I.371): one that is full
-//! needs no memory. At most [`BUCKETS_MAX`] are kept. When one more is needed, the one that is full next is forgotten,
-//! which forgives the least. The bucket of a crowd that begins many handshakes is full last, so no number of
-//! addresses makes the crowd's network be forgotten.
+//! A bucket is kept as the time at which it is full again (the generic cell rate algorithm, ITU-T
+//! I.371): one that is full needs no memory. At most [`BUCKETS_MAX`] are kept. When one more is
+//! needed, the one that is full next is forgotten, which forgives the least. The bucket of a crowd
+//! that begins many handshakes is full last, so no number of addresses makes the crowd's network be
+//! forgotten.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -25,7 +27,8 @@ pub const NETWORK_RATE_FACTOR: u32 = 4;
 const _: () = assert!(1 <= SITE_RATE_FACTOR && SITE_RATE_FACTOR <= NETWORK_RATE_FACTOR);
 /// Prefixes whose buckets are kept: about a megabyte.
 pub const BUCKETS_MAX: usize = 8192;
-/// Full buckets that are forgotten for each handshake. More than one handshake can add, so that they become fewer.
+/// Full buckets that are forgotten for each handshake. More than one handshake can add, so that
+/// they become fewer.
 const FORGOTTEN_AT_ONCE: usize = 4;
 
 /// Whether a handshake may begin.
@@ -47,7 +50,8 @@ pub struct HandshakeRate {
 }
 
 impl HandshakeRate {
-    /// All buckets are full. `per_second` is the rate of one source (IPv4 /32, IPv6 /64), at least 1.
+    /// All buckets are full. `per_second` is the rate of one source (IPv4 /32, IPv6 /64), at least
+    /// 1.
     pub fn new(per_second: u32) -> Self {
         assert!(per_second > 0, "validated by the configuration");
         HandshakeRate {
@@ -144,7 +148,8 @@ mod tests {
     fn an_office_reconnects_without_waiting() {
         let mut rate = HandshakeRate::new(HANDSHAKES_PER_SECOND);
         let now = Instant::now();
-        // 30 clients behind one address, each with its first connection and half of those that it may add.
+        // 30 clients behind one address, each with its first connection and half of those that it
+        // may add.
         let office = source(Ipv4Addr::new(192, 0, 2, 1));
         assert_eq!(begun(&mut rate, now, 30 * 8, |_| office), 30 * 8);
     }

@@ -92,8 +92,8 @@ impl Listener {
         })
     }
 
-    /// Whether a connection waits to be accepted. accept(2) itself does not tell where descriptors are short: it asks
-    /// for one first, and fails also when nobody connects.
+    /// Whether a connection waits to be accepted. accept(2) itself does not tell where descriptors
+    /// are short: it asks for one first, and fails also when nobody connects.
     pub fn is_waited_for(&self) -> bool {
         let mut wanted = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
         matches!(poll(&mut wanted, PollTimeout::ZERO), Ok(1..))
@@ -270,6 +270,20 @@ mod tests {
             let mut text = String::new();
             peer.read_to_string(&mut text).expect("read");
             assert_eq!(text, "pong!");
+        });
+    }
+
+    #[test]
+    fn a_listener_tells_whether_somebody_connects() {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bound");
+            let address = listener.local_addr().expect("address");
+            let listener = Listener::new(listener.into()).expect("listener");
+            assert!(!listener.is_waited_for());
+            let _peer = TcpStream::connect(address).expect("connected");
+            assert!(listener.is_waited_for());
+            listener.accept().await.expect("accepted");
+            assert!(!listener.is_waited_for());
         });
     }
 

@@ -33,8 +33,8 @@ use crate::worker::Event;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long to wait after a connection was evicted for that: its descriptor is closed in a moment.
 const EVICTION_PAUSE: Duration = Duration::from_millis(10);
-/// Connections that are evicted when descriptors are short. More than one, because a connection needs a second
-/// descriptor for a moment when it becomes a tunnel.
+/// Connections that are evicted when descriptors are short. More than one, because a connection
+/// needs a second descriptor for a moment when it becomes a tunnel.
 const SHORTAGE_EVICTIONS: usize = 8;
 /// What happens in this time after a first eviction goes into the same log line.
 const PRESSURE_TIME: Duration = Duration::from_secs(1);
@@ -234,7 +234,8 @@ async fn accept(house: Rc<House>, listener: Listener) {
     }
 }
 
-/// Says in the log, once in [`LOG_INTERVAL`] at most, that connections were evicted or their handshakes had to wait.
+/// Says in the log, once in [`LOG_INTERVAL`] at most, that connections were evicted or their
+/// handshakes had to wait.
 async fn log_pressure(limiter: ConnectionLimiter) {
     let mut told = limiter.counts();
     loop {
@@ -245,7 +246,8 @@ async fn log_pressure(limiter: ConnectionLimiter) {
             .fullest_network()
             .map(|network| format!(", {} of them from {}", network.connections, network.prefix));
         tracing::warn!(
-            "many unauthenticated connections: {} evicted, {} refused, {} handshakes delayed, {} dropped; {} connected{}",
+            "many unauthenticated connections: {} evicted, {} refused, \
+             {} handshakes delayed, {} dropped; {} connected{}",
             counts.evicted() - told.evicted(),
             counts.refused - told.refused,
             counts.handshakes_delayed - told.handshakes_delayed,

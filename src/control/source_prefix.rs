@@ -1,7 +1,8 @@
 //! The address prefixes by which limits on unauthenticated connections are kept.
 //!
-//! One operator can have a whole prefix for little or nothing: an IPv6 host gets a /64, a site a /56 or a /48. So a
-//! limit per address is none. Limits hold for the prefixes of these tiers that contain the address:
+//! One operator can have a whole prefix for little or nothing: an IPv6 host gets a /64, a site a
+//! /56 or a /48. So a limit per address is none. Limits hold for the prefixes of these tiers that
+//! contain the address:
 //!
 //! | tier | IPv4 | IPv6 |
 //! | --- | --- | --- |
@@ -42,7 +43,8 @@ impl SourcePrefixes {
         }
     }
 
-    /// The prefixes, shortest first, each with its tier. The first is a network and the last a source.
+    /// The prefixes, shortest first, each with its tier. The first is a network and the last a
+    /// source.
     pub fn iter(self) -> impl DoubleEndedIterator<Item = (Tier, IpNet)> {
         let tiers = match self.address {
             IpAddr::V4(_) => IPV4_TIERS,

@@ -28,11 +28,14 @@ use crate::proto::http::{
 
 /// From accept to a whole request head, as long as unauthenticated connections are few.
 pub const GREETING_TIME: Duration = Duration::from_secs(10);
-/// The same where there are as many as there may be: a TLS handshake over a slow path, one packet of it lost.
+/// From accept to a whole request head where unauthenticated connections reach their limit. Enough
+/// for a TLS handshake over a slow path with one lost packet.
 pub const GREETING_TIME_MIN: Duration = Duration::from_secs(3);
-/// From one answer to the next request's whole head, as long as unauthenticated connections are few.
+/// From one answer to the next request's whole head, as long as unauthenticated connections are
+/// few.
 pub const IDLE_TIME: Duration = Duration::from_secs(15);
-/// The same where there are as many as there may be.
+/// From one answer to the next request's whole head where unauthenticated connections reach their
+/// limit.
 pub const IDLE_TIME_MIN: Duration = Duration::from_secs(2);
 /// The least time from one look for a handshake's turn to the next.
 pub const TURN_INTERVAL_MIN: Duration = Duration::from_millis(100);
@@ -112,9 +115,10 @@ async fn greet(
 
 /// Waits until the source may begin one more handshake; false if that would be after the deadline.
 ///
-/// A handshake that is over the rate waits, because many clients behind one address reconnect together when a server
-/// restarts. Nothing is reserved for it: it asks again later, beside those that have come since. If turns were handed
-/// out in advance, a crowd could take all turns up to the deadline and then leave, and nobody else would get one.
+/// A handshake that is over the rate waits, because many clients behind one address reconnect
+/// together when a server restarts. Nothing is reserved for it: it asks again later, beside those
+/// that have come since. If turns were handed out in advance, a crowd could take all turns up to
+/// the deadline and then leave, and nobody else would get one.
 async fn handshake_turn(house: &House, source: SocketAddr, deadline: Instant) -> bool {
     let prefixes = SourcePrefixes::of(source.ip());
     let mut is_delayed = false;
@@ -413,7 +417,7 @@ mod tests {
         (house, tls)
     }
 
-    /// The same with the keeper's end of the link, which answers nothing.
+    /// A house with these limits, and the keeper's end of the link, which answers nothing.
     fn house_and_keeper(limits: Limits) -> (Rc<House>, Arc<ClientConfig>, OwnedFd) {
         let (daemon, keeper) = fdpass::pair().expect("socket pair");
         let setup = Setup::Client(Box::new(ClientSetup {
