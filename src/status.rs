@@ -94,11 +94,11 @@ pub struct Server {
 /// the start.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unauthenticated {
-    /// There are now, with those that are about to become tunnels.
+    /// Connections at this moment, with those that are about to become tunnels.
     pub connected: u64,
-    /// IPv4 /24s and IPv6 /48s that these come from.
+    /// IPv4 /24s and IPv6 /48s that `connected` come from.
     pub networks: u64,
-    /// IPv4 addresses and IPv6 /64s that these come from.
+    /// IPv4 addresses and IPv6 /64s that `connected` come from.
     pub sources: u64,
     /// Connections that listeners have accepted.
     pub accepted: u64,
@@ -114,7 +114,7 @@ pub struct Unauthenticated {
     pub evicted_shortage: u64,
     /// TLS handshakes that had to wait because of their source's rate.
     pub handshakes_delayed: u64,
-    /// Of these, closed because their turn did not come in time.
+    /// Connections that were closed because the turn of their TLS handshake did not come in time.
     pub handshakes_dropped: u64,
     /// TLS handshakes that failed.
     pub handshake_failures: u64,
@@ -127,7 +127,7 @@ pub struct Unauthenticated {
 }
 
 impl Unauthenticated {
-    /// Evicted for any reason.
+    /// Connections evicted for any reason.
     pub fn evicted(&self) -> u64 {
         self.evicted_total_limit
             + self.evicted_network_limit

@@ -161,7 +161,9 @@ fn admit_beside_a_crowd(
         until_true("attack", is_under_attack);
         let begun = Instant::now();
         let client = lab.host("client").command(RINGTUN).arg("client");
-        let client = client.args(io_options()).arg(&invite).spawn();
+        // Attempts that fail are told at this level only, before the first that succeeds.
+        let client = client.env("RUST_LOG", "debug").args(io_options());
+        let client = client.arg(&invite).spawn();
         let client = client.expect("ringtun client");
         let up = client.wait_for_line(UP, ADMISSION_TIME);
         let taken = begun.elapsed();
@@ -207,6 +209,10 @@ fn a_client_gets_in_beside_a_crowd(
     let has_opened_all = || count(&lab, "accepted") > u64::from(CONNECTIONS);
     let is_under_attack = || has_opened_all() && count(&lab, evicted) > 0;
     let client = admit_beside_a_crowd(&lab, origin, greeting, is_under_attack);
+    // At the first attempt: a newcomer from a quiet network is neither refused nor evicted.
+    let lines = client.lines();
+    let failed = lines.iter().find(|line| line.contains("no connection yet"));
+    assert_eq!(failed, None, "{lines:?}");
     assert!(count(&lab, "connected") <= 1024);
     until_true("warning", || {
         warnings(&server, "many unauthenticated connections") > 0

@@ -6,9 +6,9 @@
 //! connection is evicted, so that nobody can keep others out by staying.
 //!
 //! The victim is found from the shortest prefix to the longest: of all networks the one with most
-//! connections, in it the IPv6 /56 with most, in that the source with most. So a /24 and a /48 are
-//! a crowd each, over however many addresses it spreads its connections, and a newcomer from a
-//! quiet prefix is never evicted for the sake of a crowd elsewhere. At the source, the oldest
+//! connections, in it the IPv6 /56 with most, in that the source with most. So a /24 or a /48 is
+//! one crowd, also if each of its connections comes from another address, and a newcomer from a
+//! quiet prefix is never evicted because of a crowd elsewhere. At the source, the oldest
 //! connection that has not finished TLS goes; if all have, the oldest altogether. Between prefixes
 //! with equally many connections the same order decides. A connection whose token was accepted is
 //! never evicted.

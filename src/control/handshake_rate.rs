@@ -45,7 +45,7 @@ pub enum Turn {
 pub struct HandshakeRate {
     per_second: u32,
     full_at: HashMap<IpNet, Instant>,
-    /// The same, in order of time.
+    /// The entries of `full_at` in order of time.
     by_time: BTreeSet<(Instant, IpNet)>,
 }
 

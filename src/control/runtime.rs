@@ -73,7 +73,7 @@ pub fn spawn(task: impl Future<Output = ()> + 'static) {
 /// A listening socket.
 pub struct Listener {
     ring: RingListener,
-    /// The same socket.
+    /// Another descriptor of the ring's socket, to be polled.
     socket: TcpListener,
 }
 
