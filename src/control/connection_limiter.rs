@@ -30,6 +30,9 @@ use super::source_prefix::{SourcePrefixes, Tier};
 use crate::config::Limits;
 use crate::status::Unauthenticated;
 
+/// The part of the connections that a shortage of descriptors evicts at a time.
+pub const SHORTAGE_SHARE: usize = 4;
+
 /// Order of eviction, least first: connections that have not finished TLS before those that have,
 /// then by age.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -165,13 +168,17 @@ impl ConnectionLimiter {
         })
     }
 
-    /// Evicts one connection because the process or the host has no descriptors or memory left.
-    /// False if none can be.
-    pub fn evict_for_shortage(&self) -> bool {
+    /// Evicts connections because the process or the host has no descriptors or memory left. Returns
+    /// their number: one in [`SHORTAGE_SHARE`] of those that can be evicted, and at least one if
+    /// there is any. A crowd is to leave faster than it comes.
+    pub fn evict_for_shortage(&self) -> usize {
         let mut table = self.table.borrow_mut();
-        let evicted = table.evict_within(Reached::Total);
-        if evicted {
-            table.counts.evicted_shortage += 1;
+        let most = (table.all.evictable.len() / SHORTAGE_SHARE).max(1);
+        let evicted = (0..most)
+            .take_while(|_| table.evict_within(Reached::Total))
+            .count();
+        if evicted > 0 {
+            table.counts.evicted_shortage += evicted as u64;
             self.pressure.notify_one();
         }
         evicted
@@ -547,7 +554,7 @@ mod tests {
         assert!(is_evicted(&second) && !is_evicted(&first));
         third.accept_token();
         assert!(limiter.admit(address("192.0.2.1")).is_none());
-        assert!(!limiter.evict_for_shortage());
+        assert_eq!(limiter.evict_for_shortage(), 0);
         assert_eq!(limiter.counts().refused, 1);
         drop(first);
         assert!(limiter.admit(address("192.0.2.1")).is_some());
@@ -558,7 +565,7 @@ mod tests {
         let limiter = ConnectionLimiter::new(Limits::default());
         let quiet = admit(&limiter, address("192.0.2.1"));
         let crowd = [1, 2].map(|_| admit(&limiter, address("2001:db8::1")));
-        assert!(limiter.evict_for_shortage());
+        assert_eq!(limiter.evict_for_shortage(), 1);
         assert!(is_evicted(&crowd[0]) && !is_evicted(&quiet));
         assert_eq!(limiter.counts().evicted_shortage, 1);
     }
@@ -793,11 +800,13 @@ mod tests {
                         model.connections.remove(&permit.sequence);
                     }
                     Operation::Shortage => {
-                        let victim = model.victim(None);
-                        prop_assert_eq!(limiter.evict_for_shortage(), victim.is_some());
-                        if let Some(victim) = victim {
+                        let most = (model.evictable(None).len() / SHORTAGE_SHARE).max(1);
+                        let mut evicted = 0;
+                        while evicted < most && let Some(victim) = model.victim(None) {
                             model.connections.remove(&victim);
+                            evicted += 1;
                         }
+                        prop_assert_eq!(limiter.evict_for_shortage(), evicted);
                     }
                     _ => {}
                 }

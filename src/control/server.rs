@@ -31,11 +31,9 @@ use crate::worker::Event;
 
 /// How long to wait after accept(2) failed for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// How long to wait after a connection was evicted for that: its descriptor is closed in a moment.
+/// How long to wait after connections were evicted for that: their descriptors are closed in a
+/// moment, and some are left for connections that become tunnels.
 const EVICTION_PAUSE: Duration = Duration::from_millis(10);
-/// Connections that are evicted when descriptors are short. More than one, because a connection
-/// needs a second descriptor for a moment when it becomes a tunnel.
-const SHORTAGE_EVICTIONS: usize = 8;
 /// What happens in this time after a first eviction goes into the same log line.
 const PRESSURE_TIME: Duration = Duration::from_secs(1);
 const _: () = assert!(PRESSURE_TIME.as_millis() < LOG_INTERVAL.as_millis());
@@ -222,14 +220,14 @@ async fn accept(house: Rc<House>, listener: Listener) {
         if let Some(times) = failures.event(Instant::now()) {
             tracing::warn!("cannot accept connections now ({times} times): {error}");
         }
-        let mut pause = ACCEPT_PAUSE;
-        if is_shortage(&error) && listener.is_waited_for() {
-            for _ in 0..SHORTAGE_EVICTIONS {
-                if house.limiter.evict_for_shortage() {
-                    pause = EVICTION_PAUSE;
-                }
-            }
-        }
+        let is_evicted = is_shortage(&error)
+            && listener.is_waited_for()
+            && house.limiter.evict_for_shortage() > 0;
+        let pause = if is_evicted {
+            EVICTION_PAUSE
+        } else {
+            ACCEPT_PAUSE
+        };
         sleep(pause).await;
     }
 }
