@@ -8,7 +8,7 @@
 //! | server: one unauthenticated connection, web page or tunnel | [`visitor`] |
 //! | server: how many there may be, and how many handshakes | [`connection_limiter`], [`handshake_rate`], [`source_prefix`] |
 //! | server: who is connected | [`tunnels`], [`crate::proto::session`] |
-//! | server: what each peer has and had | [`peer_accounts`], [`log_limit`] |
+//! | server: what each peer has and had | [`peer_accounts`] |
 //! | both: what runs here, for whoever asks by the control socket | [`status`] |
 //! | client: a session that is kept up | [`client`] |
 //! | client: one connection, from the first SYN to the addresses | [`dial`], [`opening`] |
