@@ -21,6 +21,7 @@
 
 pub mod bench;
 pub mod crowd;
+mod dial;
 pub mod firewall;
 pub mod host;
 pub mod link;

@@ -26,15 +26,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use ringtun::config::{Cipher, STATE_DIR};
-use ringtun::keeper::StateDir;
+use ringtun::config::STATE_DIR;
 use ringtun::status::Report;
-use ringtun::tls::certificate::{Trust, client_config};
-use rustls::pki_types::ServerName;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::LocalSet;
 
 use crate::bench::{BenchError, Direction, Stream, median, usage};
+use crate::dial::{Accounts, AccountsError};
 use crate::host::RUN_LIMIT;
 use crate::netns::NamespaceError;
 use crate::process::{Process, ProcessError};
@@ -142,11 +140,8 @@ pub enum CrowdError {
     #[error("no bulk transfer")]
     Bulk(#[from] BenchError),
     /// The peers could not be made.
-    #[error("the server's state")]
-    State(#[from] ringtun::keeper::state::StateError),
-    /// The certificate that the server has made is of no use.
-    #[error("the server's certificate")]
-    Certificate(#[from] ringtun::tls::certificate::CertificateError),
+    #[error(transparent)]
+    Accounts(#[from] AccountsError),
     /// The crowd has no runtime, or too few descriptors.
     #[error("{0}")]
     Machine(String),
@@ -165,12 +160,15 @@ pub fn run(
     mut on_lab: impl FnMut(&Lab),
     mut progress: impl FnMut(&str),
 ) -> Result<Figures, CrowdError> {
-    raise_files(plan.sessions)?;
+    raise_files(plan.sessions).map_err(CrowdError::Machine)?;
     let lab = Lab::build(Topology::Nat)?;
     on_lab(&lab);
     let server_host = lab.host("server");
     server_host.write_file(CONFIG_PATH, CONFIG)?;
-    let accounts = server_host.enter(|| Accounts::make(Path::new(STATE_DIR), plan.sessions))??;
+    let names: Vec<String> = (0..plan.sessions)
+        .map(|number| format!("crowd-{number}"))
+        .collect();
+    let accounts = server_host.enter(|| Accounts::make(Path::new(STATE_DIR), &names))??;
     // Before the server starts, which takes some milliseconds to notice one more among thousands.
     let invite = scenario::invite(server_host, ringtun, "client")?;
     let server = scenario::start_server(server_host, ringtun)?;
@@ -200,8 +198,8 @@ pub fn run(
     figures
 }
 
-/// A descriptor for each session, at both ends: the server is a child.
-fn raise_files(sessions: usize) -> Result<(), CrowdError> {
+/// Allows a descriptor for each session, at both ends: the server is a child. The error says why it cannot be.
+pub(crate) fn raise_files(sessions: usize) -> Result<(), String> {
     let wanted = sessions as u64 + OTHER_FILES;
     let raise = || {
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
@@ -210,35 +208,13 @@ fn raise_files(sessions: usize) -> Result<(), CrowdError> {
     };
     match raise() {
         Ok(hard) if hard >= wanted => Ok(()),
-        Ok(hard) => Err(CrowdError::Machine(format!(
+        Ok(hard) => Err(format!(
             "{sessions} sessions need {wanted} open files, but {hard} are allowed: raise `ulimit -Hn`"
-        ))),
-        Err(error) => Err(CrowdError::Machine(format!(
+        )),
+        Err(error) => Err(format!(
             "the limit of open files: {}",
             nix::Error::desc(error)
-        ))),
-    }
-}
-
-/// What the sessions need to know.
-struct Accounts {
-    tokens: Vec<[u8; 32]>,
-    pin: [u8; 32],
-    name: String,
-}
-
-impl Accounts {
-    /// Makes the peers, all at once, in the state directory of a server that is yet to start.
-    fn make(path: &Path, sessions: usize) -> Result<Accounts, CrowdError> {
-        let state = StateDir::open(path)?;
-        let names: Vec<String> = (0..sessions)
-            .map(|number| format!("crowd-{number}"))
-            .collect();
-        Ok(Accounts {
-            tokens: state.add_peers(names.iter().map(String::as_str))?,
-            pin: state.identity()?.pin()?,
-            name: state.host_name().to_owned(),
-        })
+        )),
     }
 }
 
@@ -253,12 +229,9 @@ fn gather(
         .enable_time()
         .build()
         .map_err(|error| CrowdError::Machine(format!("no runtime: {error}")))?;
-    let name = ServerName::try_from(accounts.name)
-        .map_err(|error| CrowdError::Machine(format!("the server's name: {error}")))?;
+    let address = SocketAddr::new(SERVER_V4.into(), SERVER_PORT);
     let common = Rc::new(Common {
-        server: SocketAddr::new(SERVER_V4.into(), SERVER_PORT),
-        name,
-        tls: client_config(Trust::Pin(accounts.pin), Cipher::default())?,
+        server: accounts.endpoint(address)?,
         read_buffer: RefCell::new(vec![0; READ_BYTES]),
         tally,
     });

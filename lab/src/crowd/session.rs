@@ -2,27 +2,23 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ringtun::proto::capsule::{Capsule, CapsuleError, CloseReason};
-use ringtun::proto::deframer::{DeframeError, Deframer, Frame};
+use ringtun::proto::deframer::{DeframeError, Frame};
 use ringtun::proto::http::{
-    InstanceId, Layer, OFFLOAD_CONTEXT, OffloadHeader, ResponseError, ResponseParsed, Token,
-    UpgradeRequest, parse_response, upgrade_request,
+    InstanceId, Layer, OFFLOAD_CONTEXT, OffloadHeader, Token, UpgradeRequest,
 };
 use ringtun::proto::offload::{Offloads, VIRTIO_NET_HDR_BYTES, VirtioNetHdr};
-use ringtun::tls::handshake::{TlsError, TlsStream};
-use rustls::ClientConfig;
-use rustls::pki_types::ServerName;
-use tokio::net::TcpStream;
+use ringtun::tls::handshake::TlsError;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::echo::{self, Echo};
 use super::tally::Tally;
+use crate::dial::{DialError, Dialed, Endpoint, first_ipv4, write_all};
 use crate::topology::WEB_V4;
 
 /// From the first SYN to the addresses.
@@ -43,8 +39,8 @@ pub(super) const READ_BYTES: usize = 64 * 1024;
 /// Why a session is none, or no longer.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    #[error("no TCP connection")]
-    Connect(#[source] io::Error),
+    #[error(transparent)]
+    Dial(#[from] DialError),
     #[error("the connection failed")]
     Io(#[from] io::Error),
     #[error("not open in time")]
@@ -53,16 +49,10 @@ pub(super) enum Failure {
     WriteTime,
     #[error("TLS: {0}")]
     Tls(#[from] TlsError),
-    #[error("HTTP: {0}")]
-    Http(#[from] ResponseError),
-    #[error("turned away with HTTP status {0}")]
-    Refused(u16),
     #[error("capsules: {0}")]
     Deframe(#[from] DeframeError),
     #[error("capsules: {0}")]
     Capsule(#[from] CapsuleError),
-    #[error("no IPv4 address assigned")]
-    NoAddress,
     #[error("the server said goodbye: {0}")]
     Closed(CloseReason),
     #[error("the server closed the connection")]
@@ -77,9 +67,7 @@ pub(super) enum Failure {
 
 /// What all sessions have in common.
 pub(super) struct Common {
-    pub(super) server: SocketAddr,
-    pub(super) name: ServerName<'static>,
-    pub(super) tls: Arc<ClientConfig>,
+    pub(super) server: Endpoint,
     /// Where every session of the thread reads to.
     pub(super) read_buffer: RefCell<Vec<u8>>,
     pub(super) tally: Arc<Tally>,
@@ -98,10 +86,7 @@ pub(super) enum Order {
 pub(super) struct Session {
     common: Rc<Common>,
     number: usize,
-    stream: TcpStream,
-    tls: TlsStream,
-    deframer: Deframer,
-    address: Ipv4Addr,
+    dialed: Dialed,
     last_heard_or_said: Instant,
     pinged: Option<Instant>,
     /// Echo requests still to be sent.
@@ -130,29 +115,6 @@ impl Session {
         number: usize,
         token: [u8; 32],
     ) -> Result<Session, Failure> {
-        let stream = TcpStream::connect(common.server)
-            .await
-            .map_err(Failure::Connect)?;
-        stream.set_nodelay(true)?;
-        let tls = TlsStream::client(Arc::clone(&common.tls), common.name.clone())?;
-        let now = Instant::now();
-        let mut session = Session {
-            common,
-            number,
-            stream,
-            tls,
-            deframer: Deframer::new(),
-            address: Ipv4Addr::UNSPECIFIED,
-            last_heard_or_said: now,
-            pinged: None,
-            requests_left: 0,
-            request_at: now,
-            awaited: None,
-        };
-        session.flush().await?;
-        while session.tls.is_handshaking() {
-            session.receive().await?;
-        }
         let request = UpgradeRequest {
             layer: Layer::Ip,
             token: Token::from_bytes(token),
@@ -163,33 +125,25 @@ impl Session {
                 accepts: Offloads::NONE,
             }),
         };
-        let authority = session.common.server.to_string();
-        session.tls.write(&upgrade_request(&authority, &request))?;
-        session.flush().await?;
-        loop {
-            match parse_response(Layer::Ip, session.tls.plaintext())? {
-                ResponseParsed::Incomplete => session.receive().await?,
-                ResponseParsed::Switched { head_bytes, .. } => {
-                    session.tls.plaintext().drain(..head_bytes);
-                    break;
-                }
-                ResponseParsed::Refused { status } => return Err(Failure::Refused(status)),
-            }
-        }
-        session.take_capsules()?;
-        while session.address.is_unspecified() {
-            session.receive().await?;
-            session.take_capsules()?;
-        }
-        session.flush().await?;
-        Ok(session)
+        let dialed = common.server.dial(&request).await?;
+        let now = Instant::now();
+        Ok(Session {
+            common,
+            number,
+            dialed,
+            last_heard_or_said: now,
+            pinged: None,
+            requests_left: 0,
+            request_at: now,
+            awaited: None,
+        })
     }
 
     /// Keeps the session until the crowd is to leave or it fails.
     pub(super) async fn keep(mut self, mut orders: watch::Receiver<Order>) -> Result<(), Failure> {
         loop {
             tokio::select! {
-                readable = self.stream.readable() => {
+                readable = self.dialed.stream.readable() => {
                     readable?;
                     self.read()?;
                     self.take_capsules()?;
@@ -211,7 +165,7 @@ impl Session {
             }
             self.flush().await?;
         }
-        self.tls.close();
+        self.dialed.tls.close();
         self.flush().await
     }
 
@@ -246,7 +200,7 @@ impl Session {
         if self.pinged.is_none() && now >= self.last_heard_or_said + IDLE_AFTER {
             let mut ping = Vec::new();
             Capsule::put_ping((self.number as u64).to_be_bytes(), &mut ping);
-            self.tls.write(&ping)?;
+            self.dialed.tls.write(&ping)?;
             self.pinged = Some(now);
         }
         Ok(())
@@ -255,7 +209,7 @@ impl Session {
     /// Sends an echo request: sessions with an even number as a plain packet, the others in the offload context.
     fn request(&mut self, now: Instant) -> Result<(), Failure> {
         let echo = Echo {
-            from: self.address,
+            from: self.dialed.address,
             to: WEB_V4,
             identifier: self.number as u16,
             sequence: self.requests_left,
@@ -267,7 +221,7 @@ impl Session {
             let header = VirtioNetHdr::PLAIN.to_bytes();
             echo::datagram(OFFLOAD_CONTEXT, &[&header, &packet])
         };
-        self.tls.write(&capsule)?;
+        self.dialed.tls.write(&capsule)?;
         self.requests_left -= 1;
         self.request_at = now + ECHO_INTERVAL;
         self.awaited = Some((echo, now));
@@ -275,19 +229,12 @@ impl Session {
         Ok(())
     }
 
-    /// Waits for more, and says what TLS has to say to it.
-    async fn receive(&mut self) -> Result<(), Failure> {
-        self.stream.readable().await?;
-        self.read()?;
-        self.flush().await
-    }
-
     fn read(&mut self) -> Result<(), Failure> {
         let common = Rc::clone(&self.common);
         let mut buffer = common.read_buffer.borrow_mut();
-        match self.stream.try_read(&mut buffer) {
+        match self.dialed.stream.try_read(&mut buffer) {
             Ok(0) => return Err(Failure::Ended),
-            Ok(bytes) => self.tls.feed(&buffer[..bytes])?,
+            Ok(bytes) => self.dialed.tls.feed(&buffer[..bytes])?,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => return Err(error.into()),
         }
@@ -300,8 +247,8 @@ impl Session {
         let mut answers = Vec::new();
         let mut taken = 0;
         loop {
-            let stream = &self.tls.plaintext()[taken..];
-            match self.deframer.next(stream)? {
+            let stream = &self.dialed.tls.plaintext()[taken..];
+            match self.dialed.deframer.next(stream)? {
                 Frame::Incomplete => break,
                 Frame::Skipped { end } => taken += end,
                 Frame::Datagram {
@@ -326,15 +273,9 @@ impl Session {
                     match Capsule::decode(kind, &stream[value])? {
                         Some(Capsule::Ping(bytes)) => Capsule::put_pong(bytes, &mut answers),
                         Some(Capsule::Close(reason)) => return Err(Failure::Closed(reason)),
-                        Some(Capsule::AddressAssign(assigned)) => {
-                            let mut addresses = assigned.iter().map(|one| one.prefix.addr());
-                            self.address = addresses
-                                .find_map(|address| match address {
-                                    IpAddr::V4(address) => Some(address),
-                                    IpAddr::V6(_) => None,
-                                })
-                                .filter(|address| !address.is_unspecified())
-                                .ok_or(Failure::NoAddress)?;
+                        Some(assign @ Capsule::AddressAssign(_)) => {
+                            self.dialed.address =
+                                first_ipv4(&assign).ok_or(DialError::NoAddress)?;
                         }
                         _ => {}
                     }
@@ -342,37 +283,25 @@ impl Session {
                 }
             }
         }
-        self.tls.plaintext().drain(..taken);
+        self.dialed.tls.plaintext().drain(..taken);
         if !answers.is_empty() {
-            self.tls.write(&answers)?;
+            self.dialed.tls.write(&answers)?;
         }
         Ok(())
     }
 
     async fn flush(&mut self) -> Result<(), Failure> {
-        let outgoing = self.tls.take_outgoing();
+        let outgoing = self.dialed.tls.take_outgoing();
         if outgoing.is_empty() {
             return Ok(());
         }
         let deadline = Instant::now() + WRITE_TIME;
-        timeout_at(deadline, write_all(&self.stream, &outgoing))
+        timeout_at(deadline, write_all(&self.dialed.stream, &outgoing))
             .await
             .map_err(|_| Failure::WriteTime)??;
         self.last_heard_or_said = Instant::now();
         Ok(())
     }
-}
-
-async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        stream.writable().await?;
-        match stream.try_write(bytes) {
-            Ok(written) => bytes = &bytes[written..],
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// Any will do, as long as no two are alike.
