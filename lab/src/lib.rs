@@ -16,7 +16,7 @@
 //!
 //! Where to read: [`topology`] (what there is), [`host`] and [`process`] (what a test does with it),
 //! [`probe`] (who reaches whom), [`firewall`], [`link`], [`wire`] and [`netns`] (how it is made), [`scenario`] and
-//! [`bench`](mod@bench) (ringtun shown and measured in it), [`crowd`] (thousands of sessions at once), [`smoke`] and
+//! [`bench`](mod@bench) (ringtun shown and measured in it), [`crowd`] (thousands of sessions at once), [`hostile`] (attacks on it), [`smoke`] and
 //! [`transfer`] (ringtun tried on whatever kernel there is), [`outages`] (its path away for a while), [`standing`] (a lab that outlives its command).
 
 pub mod bench;
@@ -24,6 +24,7 @@ pub mod crowd;
 mod dial;
 pub mod firewall;
 pub mod host;
+pub mod hostile;
 pub mod link;
 mod names;
 pub mod netns;

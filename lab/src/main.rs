@@ -20,7 +20,7 @@ use ringtun_lab::report::Report;
 use ringtun_lab::scenario::{self, ScenarioError};
 use ringtun_lab::standing::{self, Standing};
 use ringtun_lab::wire::trial;
-use ringtun_lab::{Host, Lab, Topology, crowd, outages, smoke};
+use ringtun_lab::{Host, Lab, Topology, crowd, hostile, outages, smoke};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 const USAGE_ERROR: u8 = 2;
@@ -91,6 +91,13 @@ enum Action {
         ringtun: Ringtun,
         #[command(flatten)]
         options: crowd::Options,
+    },
+    /// Attack a server as hostile peers and strangers can, and tell what that costs an honest peer
+    Hostile {
+        #[command(flatten)]
+        ringtun: Ringtun,
+        #[command(flatten)]
+        options: hostile::Options,
     },
     /// Join two hosts by a wire as slow, far and lossy as asked, and tell what it does to packets
     Wire {
@@ -167,6 +174,7 @@ fn perform(action: Action) -> anyhow::Result<ExitCode> {
         Action::Shell { name, host } => shell(&standing::find(&name.name, &host)?),
         Action::Bench { ringtun, options } => measure(ringtun, &options),
         Action::Crowd { ringtun, options } => gather(ringtun, &options),
+        Action::Hostile { ringtun, options } => assault(ringtun, &options),
         Action::Wire { options } => try_wire(&options),
         Action::Hold { name, topology } => hold(&name.name, topology),
     }
@@ -244,6 +252,36 @@ fn gather(ringtun: Ringtun, options: &crowd::Options) -> anyhow::Result<ExitCode
         fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))?;
     }
     Ok(match figures.has_failed() {
+        true => ExitCode::FAILURE,
+        false => ExitCode::SUCCESS,
+    })
+}
+
+fn assault(ringtun: Ringtun, options: &hostile::Options) -> anyhow::Result<ExitCode> {
+    if options.wants_list() {
+        print!("{}", hostile::list());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let json = options.json();
+    if let Some(path) = json {
+        let opened = File::options().create(true).append(true).open(path);
+        opened.with_context(|| format!("{} cannot be written", path.display()))?;
+    }
+    let Some(ringtun) = ringtun.find() else {
+        return Ok(no_ringtun());
+    };
+    become_root()?;
+    let mut on_ender = end_on_signal()?;
+    let on_lab = |lab: &Lab| on_ender(lab.ender());
+    let figures = hostile::run(&ringtun, &options.plan(), on_lab, |line| {
+        eprintln!("{line}");
+    })?;
+    print!("{}", figures.to_table());
+    if let Some(path) = json {
+        let text = serde_json::to_string_pretty(&figures)? + "\n";
+        fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))?;
+    }
+    Ok(match figures.has_failed() && !options.is_report_only() {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,
     })

@@ -29,7 +29,7 @@ use crate::topology::{Lab, LabError, Topology};
 
 mod bed;
 mod certificate;
-mod echo;
+pub(crate) mod echo;
 pub mod figures;
 pub mod html;
 pub mod machine;

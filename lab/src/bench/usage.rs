@@ -77,6 +77,13 @@ pub fn memory(processes: &[i32]) -> Memory {
     memory
 }
 
+/// What a process is resident with now, in MiB; 0 for one that has ended. This does not walk its page tables, as [`memory`] does.
+#[must_use]
+pub fn resident_mib(process: i32) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    kib(&status, "VmRSS:") / KIB_PER_MIB
+}
+
 /// What is of interest in `/proc/PID/stat`.
 #[derive(Debug, Eq, PartialEq)]
 struct Stat {

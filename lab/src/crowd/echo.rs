@@ -73,7 +73,7 @@ impl Echo {
 }
 
 /// A DATAGRAM capsule of these parts.
-pub(super) fn datagram(context: u64, parts: &[&[u8]]) -> Vec<u8> {
+pub(crate) fn datagram(context: u64, parts: &[&[u8]]) -> Vec<u8> {
     let payload = parts.concat();
     let header = datagram_header(context, payload.len());
     [header.as_bytes(), &payload].concat()

@@ -38,6 +38,7 @@ use crate::netns::NamespaceError;
 use crate::process::{Process, ProcessError};
 use crate::scenario;
 use crate::topology::{Lab, LabError, SERVER_V4, Topology, WEB_IPERF_PORT, WEB_V4};
+pub(crate) use echo::datagram;
 use figures::{Bulk, Figures, Memory, Transfer};
 use session::{Common, Order, READ_BYTES, Session};
 use tally::{Counts, Tally};
