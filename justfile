@@ -52,6 +52,10 @@ lab: release
 bench *args: release
     ci/as-root {{ target }}/release/lab bench {{ args }}
 
+# Attack a server and measure what it costs an honest peer: `just hostile --list`, `just hostile --attack tiny-records`
+hostile *args: release
+    ci/as-root {{ target }}/release/lab hostile {{ args }}
+
 # How long the pieces of the packet path take, by criterion: wants a quiet machine. `just microbench record/seal`
 microbench *args:
     cargo bench -p ringtun-benches --bench microbench --locked -- {{ args }}

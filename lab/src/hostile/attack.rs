@@ -40,7 +40,7 @@ pub enum Attack {
     AddressRequestsV6,
     /// 17 connections of one token, each with an unfinished record that grows by a byte every 0.45 s
     PartialRecords,
-    /// The same with two tokens
+    /// 34 connections of two tokens, each with an unfinished record that grows by a byte every 0.45 s
     PartialRecordsTwoTokens,
     /// 17 connections of one token, each with an unfinished capsule of 60 KB
     PartialCapsules,
@@ -50,7 +50,7 @@ pub enum Attack {
     UnreadPings,
     /// UDP super-packets of 128 one-byte segments, 6 Mbit/s
     TinySegmentsUdp,
-    /// The same as fast as possible
+    /// UDP super-packets of 128 one-byte segments, as fast as possible
     TinySegmentsUdpUnpaced,
     /// TCP super-packets of 2,046 segments of 32 bytes, as fast as possible
     TinySegmentsTcp,
@@ -68,11 +68,11 @@ pub enum Attack {
     UnreadDownloads,
     /// Connection 0 of a session opened again and again, each in place of the one before
     ReplaceStorm,
-    /// The same by two instances of one token in turns
+    /// Connection 0 of a token opened again and again, by two instances in turns
     SupersedeStorm,
     /// Strangers at 24 addresses with 48 silent TCP connections each
     StrangersSilent,
-    /// The same, each with a ClientHello
+    /// Strangers at 24 addresses with 48 TCP connections each, silent after a ClientHello
     StrangersHello,
     /// TLS handshakes without a token as fast as possible, from one address
     StrangersHandshakes,

@@ -56,6 +56,8 @@ pub struct AttackFigures {
     pub server_died: Option<String>,
     /// What `ringtun status --json` had counted at the end of the last attack.
     pub counted: BTreeMap<String, u64>,
+    /// All goals, once the attack is over.
+    pub goals: Vec<Verdict>,
 }
 
 /// The honest peer, and the server, in one condition once.
@@ -453,6 +455,7 @@ mod tests {
             newcomers_seconds: Vec::new(),
             server_died: None,
             counted: BTreeMap::new(),
+            goals: Vec::new(),
         }
     }
 

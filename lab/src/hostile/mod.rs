@@ -166,7 +166,8 @@ pub fn run(
     raise_files(SESSIONS_MAX).map_err(HostileError::Machine)?;
     let mut attacks = Vec::new();
     for attack in &plan.attacks {
-        let figures = measure(ringtun, *attack, plan, &mut on_lab, &mut progress)?;
+        let mut figures = measure(ringtun, *attack, plan, &mut on_lab, &mut progress)?;
+        figures.goals = figures.verdicts();
         progress(&figures.to_table());
         attacks.push(figures);
     }
@@ -190,6 +191,7 @@ fn measure(
         newcomers_seconds: Vec::new(),
         server_died: None,
         counted: Default::default(),
+        goals: Vec::new(),
     };
     let mut rates = Rates::default();
     let mut kept: Option<Testbed<'_>> = None;

@@ -35,6 +35,8 @@ const SINK_V4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 11);
 /// The first address of strangers, on `web`'s network.
 const STRANGER_V4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 100);
 const PREFIX: u8 = 24;
+/// Segments of a super-packet that links carry as one: 64 KiB have 45 of 1,448 bytes.
+const SEGMENTS_MAX: u32 = 64;
 /// The longest that an attack may take to begin.
 const BEGIN_LIMIT: Duration = Duration::from_secs(3);
 /// What has just begun takes effect in this time.
@@ -91,10 +93,21 @@ impl<'a> Testbed<'a> {
         };
         let networks: Vec<IpNet> = strangers.iter().copied().map(network).collect();
         link::set_up(web.namespace(), "eth0", &networks)?;
+        // A link's card does not segment everything that it is given. These do so in software, as those of real hosts
+        // and routers, where a super-packet has more segments than any honest one.
+        for (host, interface) in [(server_host, "eth0"), (lab.host("internet"), "web")] {
+            let segments_max = SEGMENTS_MAX.to_string();
+            let arguments = ["link", "set", interface, "gso_max_segs", &segments_max];
+            host.exec("ip", arguments)?;
+        }
         // No answer to what attackers send is part of the load.
         let rules = format!(
-            "table inet hostile {{ chain discard {{ type filter hook prerouting priority raw; \
-             meta l4proto {{ tcp, udp }} th dport {DISCARD_PORT} drop; }} }}"
+            "table inet hostile {{\n\
+             chain discard {{\n\
+             type filter hook prerouting priority raw\n\
+             meta l4proto {{ tcp, udp }} th dport {DISCARD_PORT} drop\n\
+             }}\n\
+             }}\n"
         );
         web.command("nft").args(["-f", "-"]).input(rules).exec()?;
 
@@ -140,12 +153,14 @@ impl<'a> Testbed<'a> {
             None => return None,
         };
         let lines = self.server.lines();
-        let is_telling = |line: &&String| line.contains("panicked") || line.contains("error");
-        let telling = lines.iter().rev().find(is_telling).or(lines.last());
-        Some(match telling {
-            Some(line) => format!("{end}: {line}"),
-            None => end,
-        })
+        let panic = lines.iter().position(|line| line.contains("panicked"));
+        // Where it panicked, and what it said there; otherwise its last line.
+        let telling = match panic {
+            Some(at) => lines[at..].iter().take(2),
+            None => lines[lines.len().saturating_sub(1)..].iter().take(1),
+        };
+        let telling: Vec<&str> = telling.map(String::as_str).collect();
+        Some(format!("{end}: {}", telling.join(" ")))
     }
 
     /// Whether the honest client still runs.
