@@ -1,7 +1,7 @@
 //! Opens a connection of a session without an interface: TCP, TLS, the upgrade, the addresses.
 //!
-//! The load test ([`crowd`](crate::crowd)) and the fault test ([`hostile`](crate::hostile)) both make their
-//! connections here, with the TLS and capsule code of the crate under test.
+//! The load test ([`crowd`](crate::crowd)) and the fault test ([`hostile`](crate::hostile)) both
+//! make their connections here, with the TLS and capsule code of the crate under test.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};

@@ -15,9 +15,11 @@
 //! ```
 //!
 //! Where to read: [`topology`] (what there is), [`host`] and [`process`] (what a test does with it),
-//! [`probe`] (who reaches whom), [`firewall`], [`link`], [`wire`] and [`netns`] (how it is made), [`scenario`] and
-//! [`bench`](mod@bench) (ringtun shown and measured in it), [`crowd`] (thousands of sessions at once), [`hostile`] (attacks on it), [`smoke`] and
-//! [`transfer`] (ringtun tried on whatever kernel there is), [`outages`] (its path away for a while), [`standing`] (a lab that outlives its command).
+//! [`probe`] (who reaches whom), [`firewall`], [`link`], [`wire`] and [`netns`] (how it is made),
+//! [`scenario`] and [`bench`](mod@bench) (ringtun shown and measured in it), [`crowd`] (thousands of
+//! sessions at once), [`hostile`] (attacks, and what they cost others), [`smoke`] and [`transfer`]
+//! (ringtun tried on whatever kernel there is), [`outages`] (its path away for a while), [`standing`]
+//! (a lab that outlives its command).
 
 pub mod bench;
 pub mod crowd;

@@ -77,7 +77,7 @@ pub fn memory(processes: &[i32]) -> Memory {
     memory
 }
 
-/// What a process is resident with now, in MiB; 0 for one that has ended. This does not walk its page tables, as [`memory`] does.
+/// A process's RSS now, in MiB; 0 after its end. Unlike [`memory`] this walks no page tables.
 #[must_use]
 pub fn resident_mib(process: i32) -> f64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();

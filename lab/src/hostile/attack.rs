@@ -38,9 +38,11 @@ pub enum Attack {
     AddressRequestsV4,
     /// ADDRESS_REQUESTs of 862 IPv6 entries
     AddressRequestsV6,
-    /// 17 connections of one token, each with an unfinished record that grows by a byte every 0.45 s
+    /// 17 connections of one token, each with an unfinished record that grows by a byte every 0.45
+    /// s
     PartialRecords,
-    /// 34 connections of two tokens, each with an unfinished record that grows by a byte every 0.45 s
+    /// 34 connections of two tokens, each with an unfinished record that grows by a byte every 0.45
+    /// s
     PartialRecordsTwoTokens,
     /// 17 connections of one token, each with an unfinished capsule of 60 KB
     PartialCapsules,
@@ -167,7 +169,8 @@ impl Attack {
         })
     }
 
-    /// Whether it is made by strangers on the internet's side. Then a newcomer's start is timed, too.
+    /// Whether it is made by strangers on the internet's side. Then a newcomer's start is timed,
+    /// too.
     pub(super) fn is_by_strangers(self) -> bool {
         matches!(self.load(), Load::Strangers(_))
     }

@@ -52,7 +52,9 @@ pub struct Sent {
     pub seconds: f64,
     /// Bytes that its sockets took, TLS records included.
     pub bytes: u64,
-    /// Connections that opened, or runs of `ringtun status`.
+    /// Connections that it tried to open, or runs of `ringtun status`.
+    pub tried: u64,
+    /// Those of them that opened, or succeeded.
     pub opened: u64,
     /// Connections that did not open or did not last, by reason.
     pub failures: BTreeMap<String, u64>,
@@ -77,6 +79,10 @@ impl Tally {
 
     fn add_bytes(&self, bytes: usize) {
         self.lock().bytes += bytes as u64;
+    }
+
+    fn tried(&self) {
+        self.lock().tried += 1;
     }
 
     fn opened(&self) {
@@ -106,7 +112,7 @@ impl Rates {
         let seconds = sent.seconds.max(f64::EPSILON);
         Rates {
             bytes_per_second: Some(sent.bytes as f64 / seconds),
-            openings_per_second: Some(sent.opened as f64 / seconds),
+            openings_per_second: Some(sent.tried as f64 / seconds),
         }
     }
 }
@@ -168,6 +174,7 @@ pub(super) fn hammer(
     let begun = std::time::Instant::now();
     let mut runs = 0_u64;
     while stop.has_changed().is_ok() && runs < OPENINGS_MAX {
+        tally.tried();
         let command = host.command(ringtun).args(arguments).limit(STATUS_LIMIT);
         match command.run() {
             Ok(output) if output.status.success() => {
@@ -184,7 +191,8 @@ pub(super) fn hammer(
     }
 }
 
-/// Sends bulk from `web` to whoever asks for it there, or to `to`, until the other end of `stop` is dropped.
+/// Sends bulk from `web` to `to`, or to the senders of requests if there is no `to`, until the
+/// other end of `stop` is dropped.
 ///
 /// # Errors
 /// When the socket cannot be opened.
@@ -242,6 +250,7 @@ impl Attacker {
 
     async fn keep_tunnel(self: Rc<Self>, tunnels: Tunnels, who: Identification) {
         while self.may_open() {
+            self.order.tally.tried();
             let outcome = match self.order.target.open(who).await {
                 Ok(channel) => {
                     self.order.tally.opened();
@@ -315,6 +324,7 @@ impl Attacker {
                 instance: number % instances,
                 connection: 0,
             };
+            self.order.tally.tried();
             match self.order.target.open_unused(who).await {
                 Ok(stream) => {
                     self.order.tally.opened();
@@ -348,7 +358,8 @@ impl Attacker {
     async fn be_a_stranger(self: Rc<Self>, strangers: Strangers, source: Ipv4Addr) {
         let target = &self.order.target;
         let is_paced = strangers.habit == Habit::Handshake;
-        // As long as the server keeps a connection on average, so that the sink's are opened as often.
+        // As long as the server keeps a connection on average, so that the sink's are opened as
+        // often.
         let held_time = self
             .order
             .rates
@@ -363,6 +374,7 @@ impl Attacker {
             if is_paced {
                 self.openings.spend(1.0).await;
             }
+            self.order.tally.tried();
             let opened = match strangers.habit {
                 Habit::Silent => target.connect(source).await,
                 Habit::Hello => target.greet(source).await,
@@ -392,7 +404,7 @@ impl Attacker {
     }
 
     fn may_open(&self) -> bool {
-        self.order.tally.sent().opened < OPENINGS_MAX && self.begun.elapsed() < TIME_MAX
+        self.order.tally.sent().tried < OPENINGS_MAX && self.begun.elapsed() < TIME_MAX
     }
 }
 
@@ -460,7 +472,8 @@ mod tests {
         let sent = Sent {
             seconds: 4.0,
             bytes: 1_000_000,
-            opened: 8,
+            tried: 8,
+            opened: 7,
             failures: BTreeMap::new(),
         };
         let rates = Rates::of(&sent);

@@ -1,7 +1,7 @@
 //! The bytes that attacks consist of. Everything here is pure.
 //!
-//! A *capsule maker* returns capsules in plaintext. A [`Generate`] seals them and appends one piece of a connection's
-//! ciphertext with every call; pieces are what an attack paces.
+//! A *capsule maker* returns capsules in plaintext. A [`Generate`] seals them and appends one piece
+//! of a connection's ciphertext with every call; pieces are what an attack paces.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -18,7 +18,8 @@ use ringtun::tls::record::{
 use crate::crowd::datagram;
 use crate::topology::WEB_V4;
 
-/// IPv4 entries of the largest ADDRESS_REQUEST: 16,380 bytes of value, with request ids of one byte.
+/// IPv4 entries of the largest ADDRESS_REQUEST: 16,380 bytes of value, with request ids of one
+/// byte.
 pub(super) const REQUESTED_V4: usize = 2340;
 /// IPv6 entries of the largest ADDRESS_REQUEST: 16,378 bytes of value.
 pub(super) const REQUESTED_V6: usize = 862;
@@ -155,7 +156,8 @@ pub(super) fn partial_record() -> Generate {
     })
 }
 
-/// An unfinished capsule at once, and then the rest of it in records of one byte, but for the last of them.
+/// An unfinished capsule at once, and then the rest of it in records of one byte, but for the last
+/// of them.
 pub(super) fn partial_capsule() -> Generate {
     let mut front = unfinished_capsule();
     let mut left = UNFINISHED_REST_BYTES - 1;
@@ -181,8 +183,9 @@ pub(super) fn key_updates() -> Generate {
     })
 }
 
-/// UDP packets that ask `web` for bulk, one for each of many flows, as often as there is a piece to be sent. The flows are
-/// of different ports, so that the server shares them out among all connections of the session.
+/// UDP packets that ask `web` for bulk, one for each of many flows, as often as there is a piece to
+/// be sent. The flows are of different ports, so that the server shares them out among all
+/// connections of the session.
 pub(super) fn invitations(from: Ipv4Addr) -> Generate {
     let mut capsules = Vec::new();
     for port in 0..BULK_FLOWS {
@@ -243,7 +246,8 @@ fn seal(records: &mut RecordLayer, content_type: ContentType, content: &[u8], ou
     }
 }
 
-/// Seals one record. An attack with small records comes to a key's limit within a minute, and then takes a new key.
+/// Seals one record. An attack with small records comes to a key's limit within a minute, and then
+/// takes a new key.
 fn seal_one(records: &mut RecordLayer, content_type: ContentType, part: &[u8], out: &mut Vec<u8>) {
     if records.wants_key_update() {
         append(out, CONTROL_RECORD_BYTES_MAX, |room| {

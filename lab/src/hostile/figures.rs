@@ -49,8 +49,8 @@ pub struct AttackFigures {
     pub attack: Attack,
     /// Everything that was measured, in order.
     pub samples: Vec<Sample>,
-    /// How long a newcomer's client took to be up during the attack, in seconds; `null` where it was not in time. Only
-    /// attacks by strangers have these.
+    /// How long a newcomer's client took to be up during the attack, in seconds; `null` where it
+    /// was not in time. Only attacks by strangers have these.
     pub newcomers_seconds: Vec<Option<f64>>,
     /// How the server ended, if it did.
     pub server_died: Option<String>,
@@ -160,10 +160,13 @@ impl AttackFigures {
         samples
             .filter(|sample| sample.condition == condition)
             .map(|sample| sample.rss_peak_mib)
+            // One that died at once was never looked at.
+            .filter(|peak_mib| *peak_mib > 0.0)
             .reduce(f64::max)
     }
 
-    /// What the daemon had at most before the first attack. What it has afterwards may be the attack's.
+    /// What the daemon had at most before the first attack. What it has afterwards may be the
+    /// attack's.
     fn rss_before(&self) -> f64 {
         let samples = self.samples.iter();
         samples
@@ -243,9 +246,9 @@ impl AttackFigures {
             if condition != Condition::Idle {
                 let _ = write!(
                     line,
-                    "; load {:.2} Mbit/s, {:.1} opened/s",
+                    "; load {:.2} Mbit/s, {:.1} tried/s",
                     figure(|sample| sample.sent.megabits_per_second()),
-                    figure(|sample| sample.sent.opened as f64 / sample.sent.seconds.max(1e-9)),
+                    figure(|sample| sample.sent.tried as f64 / sample.sent.seconds.max(1e-9)),
                 );
             }
             row(condition.word(), line);
@@ -390,7 +393,8 @@ fn is_traffic(name: &str) -> bool {
     .any(|prefix| name.starts_with(prefix))
 }
 
-/// All counters of a status document, summed up over workers and connections; those at zero are left out.
+/// All counters of a status document, summed up over workers and connections; those at zero are
+/// left out.
 #[must_use]
 pub fn counted(status: &Value) -> BTreeMap<String, u64> {
     let mut counted = BTreeMap::new();
@@ -508,10 +512,15 @@ mod tests {
 
     #[test]
     fn a_server_that_died_and_a_missing_figure_fail() {
-        let mut figures = figures(sample(Condition::Idle, 4_000.0, 1.0));
+        let mut figures = figures(Sample {
+            rss_peak_mib: 0.0,
+            ..sample(Condition::Attack, 0.0, 1_000.0)
+        });
         figures.server_died = Some("SIGABRT".to_owned());
         let missed = missed(&figures);
-        assert!(missed.contains(&"server alive") && missed.contains(&"throughput down"));
+        for goal in ["server alive", "throughput down", "daemon RSS, MiB"] {
+            assert!(missed.contains(&goal), "{missed:?}");
+        }
         assert!(figures.to_table().contains("SERVER DIED SIGABRT"));
         assert!(whole(figures).to_table().contains("died"));
     }

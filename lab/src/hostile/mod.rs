@@ -1,9 +1,11 @@
 //! What a hostile peer or stranger does to a real server, and what that costs an honest peer.
 //!
-//! An ordinary `ringtun client` on `client` downloads from `web` and uploads to it, with a ping beside, in three
-//! conditions in turns: *idle*; *attack*, while an attacker does its worst to the server; *sink*, while the same load goes to a
-//! port of the server's host that throws it away. What the machine spends on making and carrying the load is in both, so that
-//! the difference between attack and sink is what the server does with it. docs/hostile.md describes how to read the figures.
+//! An ordinary `ringtun client` on `client` downloads from `web` and uploads to it, with a ping
+//! beside, in three conditions in turns: *idle*; *attack*, while an attacker does its worst to the
+//! server; *sink*, while the same load goes to a port of the server's host that throws it away.
+//! What the machine spends on making and carrying the load is in both, so that the difference
+//! between attack and sink is what the server does with it. docs/hostile.md describes how to read
+//! the figures.
 //!
 //! | file | what |
 //! | --- | --- |
@@ -120,7 +122,8 @@ pub fn list() -> String {
     lines.collect()
 }
 
-/// Why there are no figures. A server that dies and a transfer that stalls are none: those are figures.
+/// Why there are no figures. A server that dies and a transfer that stalls are none: those are
+/// figures.
 #[derive(Debug, thiserror::Error)]
 pub enum HostileError {
     /// No lab.
@@ -152,8 +155,8 @@ pub enum HostileError {
     NoDaemon,
 }
 
-/// Attacks and measures. `on_lab` is called with every lab, so that it can be ended on a signal, `progress` with lines
-/// for people.
+/// Attacks and measures. `on_lab` is called with every lab, so that it can be ended on a signal,
+/// `progress` with lines for people.
 ///
 /// # Errors
 /// [`HostileError`].
@@ -236,8 +239,8 @@ fn measure(
     Ok(figures)
 }
 
-/// The order of conditions in a round. The sink gets what the server got, so the first attack comes before it; idle is
-/// the first of all, since an attack may leave the daemon with more memory.
+/// The order of conditions in a round. The sink gets what the server got, so the first attack comes
+/// before it; idle is the first of all, since an attack may leave the daemon with more memory.
 fn conditions(round: u32) -> [Condition; 3] {
     match round % 2 {
         1 => [Condition::Idle, Condition::Attack, Condition::Sink],

@@ -1,7 +1,8 @@
 //! Where an attack goes: the server, or the sink that stands in for it.
 //!
-//! A connection to the sink is TLS with a server in this process: the attacker seals its records with real keys, and the
-//! sink gets bytes of the same number and size. What a handshake answers is not carried to the sink.
+//! A connection to the sink is TLS with a server in this process: the attacker seals its records
+//! with real keys, and the sink gets bytes of the same number and size. What a handshake answers is
+//! not carried to the sink.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -122,8 +123,8 @@ impl Target {
         })
     }
 
-    /// Opens a connection of a session that is not to be used. At the sink the client's key is new and the rest of the
-    /// handshake is a copy, so that this costs no more than a client's part.
+    /// Opens a connection of a session that is not to be used. At the sink the client's key is new
+    /// and the rest of the handshake is a copy, so that this costs no more than a client's part.
     pub(super) async fn open_unused(&self, who: Identification) -> Result<TcpStream, Failure> {
         let open = async {
             if self.stand_in.is_none() {

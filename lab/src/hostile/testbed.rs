@@ -93,8 +93,9 @@ impl<'a> Testbed<'a> {
         };
         let networks: Vec<IpNet> = strangers.iter().copied().map(network).collect();
         link::set_up(web.namespace(), "eth0", &networks)?;
-        // A link's card does not segment everything that it is given. These do so in software, as those of real hosts
-        // and routers, where a super-packet has more segments than any honest one.
+        // A link's card does not segment everything that it is given. These do so in software, as
+        // those of real hosts and routers, where a super-packet has more segments than any honest
+        // one.
         for (host, interface) in [(server_host, "eth0"), (lab.host("internet"), "web")] {
             let segments_max = SEGMENTS_MAX.to_string();
             let arguments = ["link", "set", interface, "gso_max_segs", &segments_max];
@@ -168,7 +169,8 @@ impl<'a> Testbed<'a> {
         self.client.status().is_none()
     }
 
-    /// Measures the honest peer in one condition. The counters are those of the server at the end of it.
+    /// Measures the honest peer in one condition. The counters are those of the server at the end
+    /// of it.
     pub(super) fn sample(
         &self,
         condition: Condition,
@@ -209,7 +211,8 @@ impl<'a> Testbed<'a> {
         })
     }
 
-    /// Starts newcomers one after the other while the server is attacked. Returns how long each took, in seconds.
+    /// Starts newcomers one after the other while the server is attacked. Returns how long each
+    /// took, in seconds.
     pub(super) fn newcomers(&self) -> Result<Vec<Option<f64>>, HostileError> {
         self.beside(Condition::Attack, Rates::default(), |_, _| {
             (0..NEWCOMERS).map(|_| self.newcomer()).collect()
