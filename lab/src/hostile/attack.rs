@@ -25,6 +25,8 @@ const STRANGER_ADDRESSES: u8 = 24;
 const CONNECTIONS_PER_ADDRESS: usize = 48;
 /// Handshakes of strangers that are under way at a time.
 const HANDSHAKES_AT_ONCE: usize = 16;
+/// Unused connections that each of those who open them holds at most.
+pub(super) const HELD_MAX: usize = 500;
 /// Connections that a peer opens at a time.
 const OPENINGS_AT_ONCE: usize = 8;
 
@@ -46,6 +48,8 @@ pub enum Attack {
     PartialRecordsTwoTokens,
     /// 17 connections of one token, each with an unfinished capsule of 60 KB
     PartialCapsules,
+    /// 34 connections of two tokens, each with an unfinished capsule of 60 KB
+    PartialCapsulesTwoTokens,
     /// ADDRESS_REQUESTs as fast as possible, answers never read, 300 MB at most
     UnreadAddresses,
     /// PINGs as fast as possible, answers never read, 300 MB at most
@@ -169,6 +173,18 @@ impl Attack {
         })
     }
 
+    /// Connections that the attacker holds at a time, at most.
+    pub(super) fn connections_max(self) -> usize {
+        match self.load() {
+            Load::Tunnels(tunnels) => tunnels.tokens * usize::from(tunnels.connections),
+            Load::Openings { at_once, .. } => at_once * (HELD_MAX + 1),
+            Load::Strangers(strangers) => {
+                usize::from(strangers.addresses) * strangers.connections_per_address
+            }
+            Load::Status => 0,
+        }
+    }
+
     /// Whether it is made by strangers on the internet's side. Then a newcomer's start is timed,
     /// too.
     pub(super) fn is_by_strangers(self) -> bool {
@@ -214,6 +230,11 @@ impl Attack {
             Attack::PartialRecords => all,
             Attack::PartialRecordsTwoTokens => Tunnels { tokens: 2, ..all },
             Attack::PartialCapsules => Tunnels {
+                generator: |_| bytes::partial_capsule(),
+                ..all
+            },
+            Attack::PartialCapsulesTwoTokens => Tunnels {
+                tokens: 2,
                 generator: |_| bytes::partial_capsule(),
                 ..all
             },
@@ -320,5 +341,8 @@ mod tests {
         };
         assert_eq!(tunnels.connections, 17);
         assert_eq!(tunnels.pace, Pace::Every(Duration::from_millis(450)));
+        assert_eq!(Attack::PartialRecords.connections_max(), 17);
+        assert_eq!(Attack::PartialRecordsTwoTokens.connections_max(), 34);
+        assert_eq!(Attack::StrangersSilent.connections_max(), 24 * 48);
     }
 }

@@ -15,9 +15,9 @@ use serde::Serialize;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::{LocalSet, spawn_local, yield_now};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::attack::{Habit, Load, Pace, Strangers, Tunnels};
+use super::attack::{HELD_MAX, Habit, Load, Pace, Strangers, Tunnels};
 use super::bytes::BULK_PORT;
 use super::target::{Channel, Failure, Identification, Target};
 use crate::dial::write_all;
@@ -28,10 +28,10 @@ use crate::topology::WEB_V4;
 const REOPEN_INTERVAL: Duration = Duration::from_millis(100);
 /// Connections that an attacker opens at most while a condition lasts.
 const OPENINGS_MAX: u64 = 100_000;
-/// An unused connection is held this long at most,
+/// An attack ends after this time, whatever becomes of the thread that measures.
+const TIME_MAX: Duration = Duration::from_secs(600);
+/// An unused connection is held this long at most.
 const HELD_TIME: Duration = Duration::from_secs(10);
-/// and so many of them.
-pub(super) const HELD_MAX: usize = 4_000;
 /// One read takes this much at most.
 const READ_BYTES: usize = 16 * 1024;
 /// Bulk that `web` sends to an attacker's connections.
@@ -50,7 +50,8 @@ const STATUS_LIMIT: Duration = Duration::from_secs(10);
 pub struct Sent {
     /// For how long.
     pub seconds: f64,
-    /// Bytes that its sockets took, TLS records included.
+    /// Bytes that the sockets of open tunnels took, TLS records included, or that `ringtun status`
+    /// wrote.
     pub bytes: u64,
     /// Connections that it tried to open, or runs of `ringtun status`.
     pub tried: u64,
@@ -128,7 +129,8 @@ pub(super) struct Order {
     pub(super) tally: Arc<Tally>,
 }
 
-/// Carries a load from the calling thread's network until the other end of `stop` is dropped.
+/// Carries a load from the calling thread's network until the other end of `stop` is dropped, or
+/// [`TIME_MAX`] has passed.
 ///
 /// # Errors
 /// When there is no runtime.
@@ -157,8 +159,9 @@ pub(super) fn attack(order: Order, mut stop: watch::Receiver<()>) -> io::Result<
             Load::Strangers(strangers) => attacker.spawn_strangers(strangers),
             Load::Status => {}
         }
-        // Nothing is ever sent: this waits for the end.
-        while stop.changed().await.is_ok() {}
+        // Nothing is ever sent through the channel: this waits for the end.
+        let stopped = async { while stop.changed().await.is_ok() {} };
+        let _ = timeout(TIME_MAX, stopped).await;
     });
     Ok(())
 }
@@ -173,7 +176,7 @@ pub(super) fn hammer(
 ) {
     let begun = std::time::Instant::now();
     let mut runs = 0_u64;
-    while stop.has_changed().is_ok() && runs < OPENINGS_MAX {
+    while stop.has_changed().is_ok() && runs < OPENINGS_MAX && begun.elapsed() < TIME_MAX {
         tally.tried();
         let command = host.command(ringtun).args(arguments).limit(STATUS_LIMIT);
         match command.run() {
@@ -202,9 +205,10 @@ pub(super) fn send_bulk(to: Option<SocketAddr>, stop: &watch::Receiver<()>) -> i
     let mut flows: Vec<SocketAddr> = to.into_iter().collect();
     let payload = [0x42; BULK_PAYLOAD_BYTES];
     let datagrams_per_second = BULK_BITS_PER_SECOND / 8.0 / BULK_PAYLOAD_BYTES as f64;
+    let started = Instant::now();
     let mut begun = None;
     let mut sent = 0_usize;
-    while stop.has_changed().is_ok() {
+    while stop.has_changed().is_ok() && started.elapsed() < TIME_MAX {
         let mut request = [0; 64];
         while let Ok((_, from)) = socket.recv_from(&mut request) {
             if to.is_none() && flows.len() < BULK_FLOWS_MAX && !flows.contains(&from) {
@@ -335,7 +339,7 @@ impl Attacker {
                     sleep(Duration::from_millis(1)).await;
                 }
             }
-            while held.len() > HELD_MAX / 8
+            while held.len() > HELD_MAX
                 || held
                     .front()
                     .is_some_and(|(opened, _)| opened.elapsed() > HELD_TIME)
@@ -407,9 +411,6 @@ impl Attacker {
         self.order.tally.sent().tried < OPENINGS_MAX && self.begun.elapsed() < TIME_MAX
     }
 }
-
-/// An attacker ends after this time whatever becomes of the one who measures.
-const TIME_MAX: Duration = Duration::from_secs(600);
 
 async fn wait(time: Option<Duration>) {
     match time {

@@ -362,7 +362,10 @@ impl Figures {
                 text("daemon RSS, MiB", 0),
                 verdict("daemon RSS, MiB")
                     .map_or_else(String::new, |verdict| format!("{:.0}", verdict.bound)),
-                text("newcomer up, s", 2),
+                match verdict("newcomer up, s") {
+                    Some(Verdict { measured: None, .. }) => "late".to_owned(),
+                    _ => text("newcomer up, s", 2),
+                },
                 if figures.server_died.is_some() {
                     "died".to_owned()
                 } else {
@@ -534,6 +537,7 @@ mod tests {
         assert_eq!(missed(&figures), ["newcomer up, s"]);
         figures.newcomers_seconds = vec![Some(0.1), None];
         assert_eq!(missed(&figures), ["newcomer up, s"]);
+        assert!(whole(figures).to_table().contains("late"));
     }
 
     #[test]

@@ -43,9 +43,6 @@ use attacker::Rates;
 use figures::{AttackFigures, Condition, Sample};
 use testbed::Testbed;
 
-/// Connections at both ends: those that an attacker holds, and as many at the sink.
-const SESSIONS_MAX: usize = 2 * attacker::HELD_MAX;
-
 /// The options of `lab hostile`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
@@ -166,7 +163,9 @@ pub fn run(
     mut on_lab: impl FnMut(&Lab),
     mut progress: impl FnMut(&str),
 ) -> Result<Figures, HostileError> {
-    raise_files(SESSIONS_MAX).map_err(HostileError::Machine)?;
+    // Those of an attacker, and as many at the sink, which is in this process, too.
+    let connections = plan.attacks.iter().map(|attack| attack.connections_max());
+    raise_files(2 * connections.max().unwrap_or(0)).map_err(HostileError::Machine)?;
     let mut attacks = Vec::new();
     for attack in &plan.attacks {
         let mut figures = measure(ringtun, *attack, plan, &mut on_lab, &mut progress)?;
