@@ -201,7 +201,7 @@ impl Dialed {
                 Frame::Skipped { end } | Frame::Datagram { end, .. } => taken += end,
                 Frame::Control { kind, value, end } => {
                     match Capsule::decode(kind, &stream[value])? {
-                        Some(Capsule::Ping(bytes)) => Capsule::Pong(bytes).encode(&mut answers),
+                        Some(Capsule::Ping(bytes)) => Capsule::put_pong(bytes, &mut answers),
                         Some(Capsule::Close(reason)) => return Err(DialError::Closed(reason)),
                         Some(assign @ Capsule::AddressAssign(_)) => {
                             self.address = first_ipv4(&assign).ok_or(DialError::NoAddress)?;

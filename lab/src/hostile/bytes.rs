@@ -64,12 +64,19 @@ pub(super) fn address_request(unspecified: IpAddr, entries: usize) -> Vec<u8> {
         AssignedAddress::host(id, unspecified)
     };
     let entries = (0..entries as u64).map(entry).collect();
-    Capsule::AddressRequest(entries).to_bytes()
+    let request = Capsule::AddressRequest(entries).to_bytes();
+    request.expect("no more entries than a capsule holds")
 }
 
 /// PINGs that together fill a record.
 pub(super) fn pings() -> Vec<u8> {
-    fill_record(&Capsule::Ping([b'!'; PING_BYTES]).to_bytes())
+    fill_record(&ping())
+}
+
+fn ping() -> Vec<u8> {
+    let mut ping = Vec::new();
+    Capsule::put_ping([b'!'; PING_BYTES], &mut ping);
+    ping
 }
 
 /// A UDP packet without payload as a plain DATAGRAM: the shortest that a kernel forwards.
@@ -140,7 +147,7 @@ pub(super) fn partial_record() -> Generate {
     let mut sent = 0;
     Box::new(move |records, out| {
         if record.is_empty() {
-            let plaintext = fill_record(&Capsule::Ping([b'!'; PING_BYTES]).to_bytes());
+            let plaintext = fill_record(&ping());
             seal(
                 records,
                 ContentType::ApplicationData,
