@@ -16,6 +16,7 @@ On the server:   ringtun server
 On the client:   ringtun client 'ringtun://...'
 
 Both sides need root. Logs go to standard error; RUST_LOG=debug says more.
+SIGINT, SIGTERM and SIGQUIT stop; SIGHUP reloads, or stops if there is a terminal.
 Exit codes: 0 asked to stop, 1 failed at run time, 2 bad usage or configuration.";
 
 const CLIENT_HELP: &str = "\

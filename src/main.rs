@@ -1,4 +1,6 @@
 //! The program: arguments in, exit code out, one line on standard error when something is wrong.
+// Their macros panic when the write fails: see `logging`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 use std::io::{ErrorKind as IoErrorKind, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
@@ -16,11 +18,12 @@ use ringtun::doctor::{self, Role};
 use ringtun::invite::{Host, Invite, InviteError, PORT_DEFAULT, Pin, parse_host_and_port};
 use ringtun::keeper::state::{StateDir, StateError};
 use ringtun::keeper::{self, KeeperError};
+use ringtun::logging;
+use ringtun::panics;
 use ringtun::proto::http::Token;
 use ringtun::status::query::{self, QueryError};
 use ringtun::status::text::text;
 use ringtun::tls::certificate::{CertificateError, Identity};
-use tracing_subscriber::EnvFilter;
 
 /// Asked to stop.
 const EXIT_OK: u8 = 0;
@@ -85,12 +88,14 @@ impl Failure {
 }
 
 fn main() -> ExitCode {
+    panics::install_hook();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        // The help and the version, which go to standard output.
+        // The help and the version, which go to standard output. A write that fails is ignored.
         Err(message) if !message.use_stderr() => message.exit(),
         Err(message) => {
-            eprintln!("ringtun: {}; see `ringtun --help`", on_one_line(&message));
+            let line = on_one_line(&message);
+            logging::complain(&format!("{line}; see `ringtun --help`"));
             return ExitCode::from(EXIT_USAGE);
         }
     };
@@ -98,7 +103,7 @@ fn main() -> ExitCode {
     let code = match run(cli.command) {
         Ok(code) => code,
         Err(failure) => {
-            eprintln!("ringtun: {}", chain(&failure));
+            logging::complain(&chain(&failure));
             failure.exit_code()
         }
     };
@@ -122,18 +127,11 @@ fn on_one_line(error: &clap::Error) -> String {
 }
 
 fn start_logging(command: &Command) {
-    let level = match command {
+    logging::start(match command {
         // What it finds is in its report.
         Command::Doctor(_) => "off",
         _ => "info",
-    };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_target(false)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
+    });
 }
 
 fn run(command: Command) -> Result<u8, Failure> {
@@ -260,7 +258,7 @@ fn status(arguments: &StatusArgs) -> Result<u8, Failure> {
         match shown {
             Ok(shown) => print(&shown)?,
             Err(error) => {
-                eprintln!("ringtun: {}", chain(&error));
+                logging::complain(&chain(&error));
                 code = EXIT_FAILED;
             }
         }
@@ -268,7 +266,7 @@ fn status(arguments: &StatusArgs) -> Result<u8, Failure> {
     Ok(code)
 }
 
-/// Whoever reads it may have seen enough.
+/// Writes to standard output. A closed pipe is no error: the reader has seen enough.
 fn print(text: &str) -> Result<(), Failure> {
     let mut stdout = std::io::stdout().lock();
     match stdout
@@ -287,16 +285,18 @@ fn invite(arguments: &InviteArgs) -> Result<u8, Failure> {
     let state = StateDir::open(&config.state_dir)?;
     let (pin, sni) = recognition(&config, &state, &host)?;
     let token = Token::from_bytes(state.add_peer(&arguments.name)?);
-    println!(
-        "{}",
-        Invite {
-            token,
-            host,
-            port: port.unwrap_or(PORT_DEFAULT),
-            pin,
-            sni
-        }
-    );
+    let invite = Invite {
+        token,
+        host,
+        port: port.unwrap_or(PORT_DEFAULT),
+        pin,
+        sni,
+    };
+    if let Err(failure) = print(&format!("{invite}\n")) {
+        // The token is kept nowhere else, so nobody can ever use this peer's invite.
+        state.revoke_peer(&arguments.name)?;
+        return Err(failure);
+    }
     Ok(EXIT_OK)
 }
 
@@ -344,13 +344,15 @@ fn peers(arguments: PeersArgs) -> Result<u8, Failure> {
 /// One line a peer: its name and its addresses, if it has ever been connected.
 fn list(state: &StateDir) -> Result<(), Failure> {
     let leases = state.leases()?;
+    let mut text = String::new();
     for peer in state.peers()? {
-        match leases.iter().find(|lease| lease.peer == peer.name) {
-            Some(lease) => println!("{} {} {}", peer.name, lease.v4, lease.v6),
-            None => println!("{}", peer.name),
+        text.push_str(&peer.name);
+        if let Some(lease) = leases.iter().find(|lease| lease.peer == peer.name) {
+            text.push_str(&format!(" {} {}", lease.v4, lease.v6));
         }
+        text.push('\n');
     }
-    Ok(())
+    print(&text)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {

@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::dial::{Candidates, DialError, dial};
 use super::opening::{Opened, OpeningError, Server, Terms, goodbye, open};
 use super::reconnect::Reconnect;
-use super::runtime::spawn;
+use super::runtime::spawn_essential;
 use super::status::{self, Questions, Subject, connection};
 use super::{Ending, Rings, chain, ended, network};
 use crate::config::{
@@ -32,6 +32,7 @@ use crate::config::{
 use crate::invite::{Host, Invite};
 use crate::keeper::request::{ClientSetup, Notice};
 use crate::keeper::{Link, Notices, SetupFds};
+use crate::logging;
 use crate::proto::budget::PeerId;
 use crate::proto::capsule::{Capsule, CloseReason};
 use crate::proto::http::InstanceId;
@@ -101,12 +102,16 @@ pub async fn run(
         .map(|ordinal| (ordinal, Place::default()))
         .collect();
     places.entry(0).or_default().dialling = true;
-    spawn(fill_first_place(
-        Rc::clone(&dialling),
-        invite.clone(),
-        started + RESOLVE_TIME,
-        network.clone(),
-    ));
+    // Essential: nobody else looks for this connection while the task is there.
+    spawn_essential(
+        "dial",
+        fill_first_place(
+            Rc::clone(&dialling),
+            invite.clone(),
+            started + RESOLVE_TIME,
+            network.clone(),
+        ),
+    );
     let workers = match starting.await {
         Ok(workers) => workers,
         Err(error) => return Ending::failed(chain(&error)),
@@ -382,11 +387,8 @@ impl Client {
         let place = self.places.entry(ordinal).or_default();
         if !place.dialling {
             place.dialling = true;
-            spawn(fill_place(
-                Rc::clone(&self.dialling),
-                ordinal,
-                self.network.clone(),
-            ));
+            let dialling = Rc::clone(&self.dialling);
+            spawn_essential("dial", fill_place(dialling, ordinal, self.network.clone()));
         }
     }
 
@@ -517,11 +519,11 @@ impl Client {
             .addresses()
             .map(|prefix| prefix.addr().to_string())
             .collect();
-        println!(
+        logging::announce(&format!(
             "up: {} on {} by {server}",
             addresses.join(" "),
             self.config.interface
-        );
+        ));
     }
 
     /// Has the keeper set the host up for the terms, if they are new.

@@ -45,6 +45,8 @@ use tokio::sync::{mpsc, oneshot};
 use crate::config::IoMode;
 use crate::keeper::request::Setup;
 use crate::keeper::{DaemonStart, LinkError};
+use crate::logging;
+use crate::panics;
 use crate::proto::offload::Offloads;
 use crate::sys::sandbox;
 use crate::uring::buffer::BUDGET_BYTES_DEFAULT;
@@ -93,6 +95,7 @@ impl Ending {
 pub fn run_daemon() -> u8 {
     // It was started as /proc/self/exe, and would be called `exe` in process lists. A name is a nicety.
     let _ = nix::sys::prctl::set_name(PROCESS_NAME);
+    panics::end_process_here();
     // Rings are made before the privileges go.
     let start = DaemonStart::enter(|setup| {
         let share = LockableMemory::find();
@@ -103,7 +106,7 @@ pub fn run_daemon() -> u8 {
     let (start, (runtime, rings)) = match start {
         Ok(start) => start,
         Err(error) => {
-            eprintln!("ringtun: {}", chain(&error));
+            logging::complain(&chain(&error));
             return 2;
         }
     };
@@ -117,13 +120,19 @@ async fn live(start: DaemonStart, rings: Rings) -> u8 {
     let (setup, fds, link, notices) = match start.connect() {
         Ok(parts) => parts,
         Err(error) => {
-            eprintln!("ringtun: {}", chain(&error));
+            logging::complain(&chain(&error));
             return 1;
         }
     };
-    let ending = match setup {
-        Setup::Server(setup) => server::run(*setup, fds, rings, link.clone(), notices).await,
-        Setup::Client(setup) => client::run(*setup, fds, rings, link.clone(), notices).await,
+    let role = async {
+        match setup {
+            Setup::Server(setup) => server::run(*setup, fds, rings, link.clone(), notices).await,
+            Setup::Client(setup) => client::run(*setup, fds, rings, link.clone(), notices).await,
+        }
+    };
+    let ending = tokio::select! {
+        ending = role => ending,
+        panicked = panics::essential_failure() => Ending::failed(panicked.to_string()),
     };
     match ending {
         Ending::Asked => 0,
@@ -161,7 +170,7 @@ fn report_without_ring(start: DaemonStart, error: &io::Error) -> u8 {
             });
         });
     if told.is_err() {
-        eprintln!("ringtun: {line}");
+        logging::complain(&line);
     }
     1
 }

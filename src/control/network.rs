@@ -9,7 +9,7 @@ use rtnetlink::packet_route::route::{RouteProtocol, RouteType};
 use rtnetlink::{MulticastGroup, new_multicast_connection};
 use tokio::sync::watch;
 
-use super::runtime::spawn;
+use super::runtime::spawn_essential;
 
 const GROUPS: [MulticastGroup; 5] = [
     MulticastGroup::Link,
@@ -28,13 +28,14 @@ const GROUPS: [MulticastGroup; 5] = [
 pub fn watch(interface: u32, own_protocol: u8) -> io::Result<watch::Receiver<()>> {
     let (connection, _, mut messages) = new_multicast_connection(&GROUPS)?;
     let (changed, receiver) = watch::channel(());
-    spawn(connection);
-    spawn(async move {
+    spawn_essential("netlink", connection);
+    spawn_essential("network watch", async move {
         while let Some((message, _)) = messages.next().await {
             if is_news(&message, interface, own_protocol) && changed.send(()).is_err() {
                 return;
             }
         }
+        tracing::warn!("changes of the network go unnoticed: netlink has ended");
     });
     Ok(receiver)
 }

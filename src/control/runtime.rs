@@ -16,6 +16,7 @@ use tokio::net::TcpSocket;
 use tokio::time::{Instant, timeout_at};
 use tokio_uring::net::{TcpListener as RingListener, TcpStream as RingStream};
 
+use crate::panics;
 use crate::sys::descriptor::duplicate;
 use crate::uring::probe::ring_bytes;
 
@@ -65,9 +66,18 @@ impl Runtime {
     }
 }
 
-/// Runs a task on this thread's runtime, for as long as it takes.
+/// Runs a task of one connection on this thread's runtime, for as long as it takes. Its panic is logged and ends it alone.
 pub fn spawn(task: impl Future<Output = ()> + 'static) {
-    tokio_uring::spawn(task);
+    tokio_uring::spawn(async {
+        // It has been logged.
+        let _ = panics::contain("connection", task).await;
+    });
+}
+
+/// Runs a task that the daemon cannot do without on this thread's runtime. Its panic ends the daemon, which says so in
+/// the task's `name`. A task that must never return says so by its type.
+pub fn spawn_essential<T: 'static>(name: &'static str, task: impl Future<Output = T> + 'static) {
+    tokio_uring::spawn(panics::essential(name, task));
 }
 
 /// A listening socket.
@@ -248,6 +258,36 @@ mod tests {
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(20)
+    }
+
+    #[test]
+    fn a_panic_of_a_connection_ends_no_other() {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
+            spawn(async { panic!("a bug, for the test") });
+            let (stream, mut peer) = pair().await;
+            let (done, other) = tokio::sync::oneshot::channel();
+            spawn(async move {
+                let written = stream.write(b"pong".to_vec(), soon()).await;
+                // The test is over when the receiver is gone.
+                let _ = done.send(written.is_ok());
+            });
+            assert_eq!(other.await, Ok(true));
+            let mut text = String::new();
+            peer.read_to_string(&mut text).expect("read");
+            assert_eq!(text, "pong");
+        });
+    }
+
+    #[test]
+    fn a_panic_of_an_essential_task_reaches_the_main_loop() {
+        Runtime::new(usize::MAX).expect("io_uring").run(async {
+            spawn_essential("accept", async {
+                tokio::task::yield_now().await;
+                panic!("a bug, for the test");
+            });
+            let told = tokio::time::timeout(Duration::from_secs(20), panics::essential_failure());
+            assert_eq!(told.await, Ok(panics::TaskPanicked("accept")));
+        });
     }
 
     #[test]

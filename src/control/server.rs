@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashSet;
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -14,7 +15,7 @@ use tokio::time::sleep;
 use super::connection_limiter::ConnectionLimiter;
 use super::handshake_rate::HandshakeRate;
 use super::log_limit::{LOG_INTERVAL, LogLimit};
-use super::runtime::{Listener, spawn};
+use super::runtime::{Listener, spawn, spawn_essential};
 use super::status::{self, Subject};
 use super::tunnels::{Offer, Tunnels};
 use super::visitor::{self, House};
@@ -22,6 +23,7 @@ use super::{Ending, Rings};
 use crate::config::CongestionControl;
 use crate::keeper::request::{Notice, ServerSetup};
 use crate::keeper::{Link, Notices, SetupFds};
+use crate::logging;
 use crate::proto::address_pool::{AddressPool, Lease};
 use crate::proto::capsule::IpAddressRange;
 use crate::proto::offload::Offloads;
@@ -58,7 +60,9 @@ pub async fn run(
     spawn(log_pressure(house.limiter.clone()));
     for (listener, address) in fds.listeners.into_iter().zip(&setup.listeners) {
         match Listener::new(listener) {
-            Ok(listener) => spawn(accept(Rc::clone(&house), listener)),
+            Ok(listener) => {
+                spawn_essential("accept", accept(Rc::clone(&house), listener));
+            }
             Err(error) => return Ending::failed(format!("cannot accept on {address}: {error}")),
         }
     }
@@ -198,7 +202,7 @@ fn report(setup: &ServerSetup, house: &House, subject: &Subject) -> Option<Repor
     Some(report)
 }
 
-async fn accept(house: Rc<House>, listener: Listener) {
+async fn accept(house: Rc<House>, listener: Listener) -> Infallible {
     let mut failures = LogLimit::default();
     loop {
         let error = match listener.accept().await {
@@ -278,7 +282,7 @@ fn is_passing(error: &io::Error) -> bool {
 
 fn announce(setup: &ServerSetup) {
     let listeners: Vec<String> = setup.listeners.iter().map(ToString::to_string).collect();
-    println!("up: listening on {}", listeners.join(" "));
+    logging::announce(&format!("up: listening on {}", listeners.join(" ")));
     if setup.peers.is_empty() {
         tracing::info!("nobody is invited yet: `ringtun invite NAME --host HOST` makes an invite");
     }

@@ -3,6 +3,7 @@
 //! A client writes one line and reads one document; see [`crate::status::query`]. The document is a value that the role's
 //! own loop makes when it has a moment, so that it is all of one time; it is then written out piece by piece.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,7 +15,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 
 use super::log_limit::LogLimit;
-use super::runtime::spawn;
+use super::runtime::{spawn, spawn_essential};
 use crate::config::IoMode;
 use crate::keeper::request::Origin;
 use crate::proto::offload::Offloads;
@@ -63,11 +64,15 @@ fn serve_within(socket: OwnedFd, client_time: Duration) -> io::Result<Questions>
     socket.set_nonblocking(true)?;
     let listener = UnixListener::from_std(socket)?;
     let (ask, questions) = mpsc::channel(CLIENTS_MAX);
-    spawn(accept(listener, ask, client_time));
+    spawn_essential("status", accept(listener, ask, client_time));
     Ok(questions)
 }
 
-async fn accept(listener: UnixListener, ask: mpsc::Sender<Question>, client_time: Duration) {
+async fn accept(
+    listener: UnixListener,
+    ask: mpsc::Sender<Question>,
+    client_time: Duration,
+) -> Infallible {
     let places = Arc::new(Semaphore::new(CLIENTS_MAX));
     let mut failures = LogLimit::default();
     loop {

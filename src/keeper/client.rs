@@ -5,11 +5,12 @@ use std::net::IpAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use super::apply::Changes;
-use super::daemon::{Daemon, Role, Signals};
+use super::daemon::{Daemon, Role};
 use super::plan::{self, Host, Tunnel};
 use super::request::{ClientSetup, Notice, Reply, Request, Setup, TunnelSettings};
+use super::signals::Signals;
 use super::undo::line;
-use super::{KeeperError, begin, cores, finish, make_interface};
+use super::{KeeperError, begin, cores, finish, guarded, make_interface};
 use crate::config::{ClientConfig, CongestionControl};
 use crate::invite::Invite;
 use crate::sys::route::{self, OwnRoute};
@@ -23,6 +24,10 @@ const EXCEPTIONS_MAX: usize = 16;
 /// # Errors
 /// [`KeeperError`]. The host is as before then, too.
 pub fn run_client(config: ClientConfig, invite: Invite) -> Result<u8, KeeperError> {
+    guarded(|| run(config, invite))
+}
+
+fn run(config: ClientConfig, invite: Invite) -> Result<u8, KeeperError> {
     let signals = Signals::block()?;
     let mut changes = begin(&config.interface, None)?;
     let control = changes.record().control_socket()?;
@@ -143,6 +148,11 @@ impl Role for ClientRole {
     }
 
     fn notice(&mut self) -> Option<Notice> {
+        None
+    }
+
+    fn reload(&mut self) -> Option<Notice> {
+        tracing::info!("SIGHUP: a client has nothing to reload");
         None
     }
 }

@@ -8,12 +8,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signal::Signal;
 use socket2::SockRef;
 
 use super::KeeperError;
 use super::request::{FromKeeper, Notice, REQUEST_BYTES_MAX, Reply, Request, Setup};
+use super::signals::{Action, Signals};
 use crate::sys::fdpass::{self, FrameReader, FrameWriter};
 
 /// How long a daemon that was asked to end may take leave.
@@ -23,48 +23,14 @@ const EXIT_TIMEOUT: Duration = Duration::from_millis(250);
 /// How long a frame may be stuck half way before the daemon counts as broken.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(2);
 const EXIT_POLL_INTERVAL: Duration = Duration::from_millis(2);
+/// The exit code of a process that a panic has ended.
+const PANICKED: i32 = crate::panics::EXIT_PANICKED;
 /// What `ps` shows.
 const PROGRAM: &str = "ringtun";
 /// The hidden subcommand.
 const DAEMON_COMMAND: &str = "daemon";
 /// What the daemon has no business to know.
 const SECRET_ENVIRONMENT: &str = "RINGTUN_INVITE";
-
-/// SIGINT, SIGTERM and SIGHUP, as something to poll.
-#[derive(Debug)]
-pub struct Signals(SignalFd);
-
-impl Signals {
-    /// Blocks the signals, from now on and for all threads made later, so that none ends the process halfway.
-    ///
-    /// # Errors
-    /// [`KeeperError::Process`].
-    pub fn block() -> Result<Self, KeeperError> {
-        let mut signals = SigSet::empty();
-        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-            signals.add(signal);
-        }
-        let block = || {
-            signals.thread_block()?;
-            SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-        };
-        block()
-            .map(Signals)
-            .map_err(|error: nix::Error| KeeperError::Process("watch for signals", error.into()))
-    }
-
-    /// Waits, but no longer once another signal comes.
-    pub fn pause(&self, time: Duration) {
-        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        let milliseconds = PollTimeout::try_from(time.as_millis()).unwrap_or(PollTimeout::ZERO);
-        // Interrupted means: hurry.
-        let _ = poll(&mut fds, milliseconds);
-    }
-
-    fn take(&self) -> bool {
-        matches!(self.0.read_signal(), Ok(Some(_)))
-    }
-}
 
 /// What the keeper does for its daemon: the part that differs between server and client.
 pub trait Role {
@@ -76,6 +42,9 @@ pub trait Role {
 
     /// It is readable.
     fn notice(&mut self) -> Option<Notice>;
+
+    /// Reads again what can change while it runs, and says in one log line what was read.
+    fn reload(&mut self) -> Option<Notice>;
 }
 
 /// A running daemon. Killed when dropped.
@@ -97,6 +66,7 @@ impl Daemon {
             let options = SockRef::from(&socket);
             options.set_read_timeout(Some(FRAME_TIMEOUT))?;
             options.set_write_timeout(Some(FRAME_TIMEOUT))?;
+            // It inherits the blocked signals, and ignores them before it unblocks them.
             let child = Command::new("/proc/self/exe")
                 .arg0(PROGRAM)
                 .arg(DAEMON_COMMAND)
@@ -137,12 +107,20 @@ impl Daemon {
         loop {
             let ready = self.wait(signals, role, stop_by);
             let ready = ready.map_err(|source| KeeperError::Process("wait", source))?;
-            if ready.signal && signals.take() {
+            let asked = ready.signal.then(|| signals.take()).flatten();
+            if asked == Some(Action::Stop) {
                 asked_twice = stop_by.is_some();
                 if asked_twice || self.say(FromKeeper::Notice(Notice::Stop)).is_err() {
                     break;
                 }
                 stop_by = Some(Instant::now() + STOP_TIMEOUT);
+            }
+            if asked == Some(Action::Reload)
+                && stop_by.is_none()
+                && let Some(notice) = role.reload()
+                && self.say(FromKeeper::Notice(notice)).is_err()
+            {
+                break;
             }
             if ready.watched
                 && let Some(notice) = role.notice()
@@ -193,7 +171,7 @@ impl Daemon {
     ) -> io::Result<Ready> {
         let mut fds = vec![
             PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
-            PollFd::new(signals.0.as_fd(), PollFlags::POLLIN),
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(role.watched().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         let timeout = match stop_by {
@@ -257,8 +235,12 @@ struct Ready {
 
 fn describe(status: Option<ExitStatus>) -> String {
     match status.map(|status| (status.code(), status.signal())) {
+        Some((Some(PANICKED), _)) => "it panicked, which is a bug".into(),
         Some((Some(code), _)) => format!("exit code {code}"),
-        Some((None, Some(signal))) => format!("signal {signal}"),
+        Some((None, Some(signal))) => match Signal::try_from(signal) {
+            Ok(signal) => format!("signal {signal}"),
+            Err(_) => format!("signal {signal}"),
+        },
         _ => "no answer".into(),
     }
 }

@@ -14,6 +14,7 @@ use super::request::{
     FROM_KEEPER_BYTES_MAX, FromKeeper, LEASES_PER_REQUEST_MAX, Notice, Reply, Request, SavedLease,
     Setup, TunnelSettings,
 };
+use crate::panics;
 use crate::sys::fdpass::{Frame, FrameReader, FrameWriter};
 use crate::sys::sandbox::{self, SandboxError};
 
@@ -160,13 +161,15 @@ impl Link {
         let socket = UnixStream::from_std(socket).map_err(LinkError::Socket)?;
         let (requests, asked) = mpsc::unbounded_channel();
         let (notify, notices) = mpsc::unbounded_channel();
-        tokio::spawn(async move {
+        let carrying = async move {
             if let Err(error) = carry(&socket, asked, &notify).await {
                 tracing::debug!("the link to the keeper: {error}");
             }
-        });
+        };
+        tokio::spawn(panics::essential("keeper link", carrying));
         let (leases, unsaved) = mpsc::unbounded_channel();
-        tokio::spawn(save_leases(requests.clone(), unsaved));
+        let saving = save_leases(requests.clone(), unsaved);
+        tokio::spawn(panics::essential("leases", saving));
         Ok((Link { requests, leases }, notices))
     }
 

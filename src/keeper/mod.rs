@@ -13,9 +13,11 @@
 //! | `request.rs` | what keeper and daemon say to each other |
 //! | `daemon.rs`, `link.rs` | the keeper's and the daemon's end of that |
 //! | `server.rs`, `client.rs` | what the keeper does for each |
+//! | `signals.rs` | what each signal means |
 //! | `state.rs` | the server's state directory |
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use caps::{CapSet, Capability};
 
@@ -28,6 +30,7 @@ pub mod plan;
 pub mod request;
 pub mod ruleset;
 pub mod server;
+pub mod signals;
 pub mod state;
 pub mod undo;
 
@@ -98,6 +101,9 @@ pub enum KeeperError {
     /// The daemon is gone without a word.
     #[error("the daemon process ended unexpectedly ({0}); what was set up has been undone")]
     DaemonDied(String),
+    /// The keeper itself has panicked. The panic's own line has been written.
+    #[error("ringtun has a bug and cannot go on; what was set up has been undone")]
+    Panicked,
 }
 
 impl KeeperError {
@@ -137,6 +143,12 @@ pub fn down(interface: Option<&str>) -> Result<u8, KeeperError> {
         }
     }
     Ok(0)
+}
+
+/// Runs a server or client. A panic is an error like any other: what `run` holds is dropped, and so undone.
+fn guarded(run: impl FnOnce() -> Result<u8, KeeperError>) -> Result<u8, KeeperError> {
+    // What `run` has borrowed is not used again.
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or(Err(KeeperError::Panicked))
 }
 
 /// Claims the interface name and undoes what a killed predecessor left, except for the table `adopted`.
@@ -187,4 +199,66 @@ fn finish(served: Result<(), KeeperError>, changes: Changes) -> Result<u8, Keepe
 /// Cores that this process may use: as many workers as there can be use for.
 pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::thread;
+
+    use nix::mount::{MsFlags, mount};
+    use nix::net::if_::if_nametoindex;
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    const INTERFACE: &str = "ringtun0";
+
+    /// A thread with a network of its own, and a `/run` of its own.
+    fn on_another_host<T: Send>(run: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)
+                    .expect("this test needs root");
+                let none: Option<&str> = None;
+                let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+                mount(none, "/", none, private, none).expect("private mounts");
+                let tmpfs = Some("tmpfs");
+                mount(tmpfs, "/run", tmpfs, MsFlags::empty(), none).expect("a tmpfs");
+                run()
+            });
+            thread.join().expect("the test")
+        })
+    }
+
+    fn panic_with_an_interface() -> Result<u8, KeeperError> {
+        guarded(|| {
+            let mut changes = begin(INTERFACE, None)?;
+            let _made = make_interface(&mut changes, INTERFACE, 1500, 1, true)?;
+            assert!(if_nametoindex(INTERFACE).is_ok());
+            panic!("a bug, for the test");
+        })
+    }
+
+    #[test]
+    fn a_panic_of_the_keeper_undoes_all() {
+        on_another_host(|| {
+            let result = panic_with_an_interface();
+            assert!(matches!(result, Err(KeeperError::Panicked)), "{result:?}");
+            assert!(if_nametoindex(INTERFACE).is_err(), "it is gone");
+            assert!(!Path::new(undo::RUN_DIR).exists(), "nothing is left");
+        });
+    }
+
+    #[test]
+    fn a_panic_while_undoing_leaves_the_record() {
+        on_another_host(|| {
+            undo::tests::PANIC_ONCE.set(true);
+            let result = panic_with_an_interface();
+            assert!(matches!(result, Err(KeeperError::Panicked)), "{result:?}");
+            let mut changes = begin(INTERFACE, None).expect("undone now");
+            assert!(changes.found_leftovers(), "it was on the record");
+            changes.interface_is_coming(INTERFACE).expect("recorded");
+        });
+    }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,12 +11,13 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use socket2::SockRef;
 
-use super::daemon::{Daemon, Role, Signals};
+use super::daemon::{Daemon, Role};
 use super::plan::{self, ServerNetwork};
 use super::request::{Notice, Peer, Reply, Request, SavedLease, ServerSetup, Setup};
+use super::signals::Signals;
 use super::state::{PEERS_FILE, StateDir, StateError};
 use super::undo::line;
-use super::{KeeperError, begin, cores, finish, firewall, make_interface, ruleset};
+use super::{KeeperError, begin, cores, finish, firewall, guarded, make_interface, ruleset};
 use crate::config::{NAMESERVERS_MAX, ServerConfig};
 use crate::sys::socket::{self, ListenError};
 use crate::sys::{congestion, dns, nft};
@@ -38,6 +39,10 @@ const NAT_LINGER: Duration = Duration::from_millis(650);
 /// # Errors
 /// [`KeeperError`]. The host is as before then, too.
 pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
+    guarded(|| run(config))
+}
+
+fn run(config: ServerConfig) -> Result<u8, KeeperError> {
     let signals = Signals::block()?;
     // A killed predecessor's rules stay until ours replace them, all at once: see NAT_LINGER.
     let table = ruleset::table_name(&config.interface);
@@ -70,7 +75,9 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
 
     // Watched before it is read, so that no change is missed.
     let mut role = ServerRole {
-        peers: PeersWatch::new(state.path())?,
+        watch: PeersWatch::new(state.path())?,
+        had_peers_file: state.has_peers_file(),
+        failure: None,
         state,
         pool_v4,
         pool_v6,
@@ -84,7 +91,7 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
         private_key: identity.key.secret_der().to_vec(),
         pool_v4,
         pool_v6,
-        peers: role.all_peers()?,
+        peers: role.start_peers()?,
         leases: role.state.leases()?,
         dns: config.dns.clone().unwrap_or_else(|| {
             let mut nameservers = dns::shareable_nameservers();
@@ -177,15 +184,60 @@ impl Drop for Listeners {
 }
 
 struct ServerRole {
-    peers: PeersWatch,
+    watch: PeersWatch,
+    /// Then its absence is an error, and not the time before the first invite.
+    had_peers_file: bool,
+    /// Why the list of peers could not be read the last time; it is logged once.
+    failure: Option<String>,
     state: StateDir,
     pool_v4: Ipv4Net,
     pool_v6: Ipv6Net,
 }
 
+/// Why the peers stay as they are.
+#[derive(Debug, thiserror::Error)]
+enum PeersError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("{} is missing: restore it from a backup", .0.display())]
+    Missing(PathBuf),
+}
+
 impl ServerRole {
-    fn all_peers(&self) -> Result<Vec<Peer>, StateError> {
+    /// For the start, where the list may be missing.
+    fn start_peers(&self) -> Result<Vec<Peer>, StateError> {
         Ok(self.state.peers()?.into_iter().map(Peer::from).collect())
+    }
+
+    fn all_peers(&mut self) -> Result<Vec<Peer>, PeersError> {
+        let peers = self.state.peers()?;
+        let has_file = self.state.has_peers_file();
+        if self.had_peers_file && !has_file {
+            return Err(PeersError::Missing(self.state.path().join(PEERS_FILE)));
+        }
+        self.had_peers_file = has_file;
+        Ok(peers.into_iter().map(Peer::from).collect())
+    }
+
+    /// The list as it is now. One that is damaged or gone changes nothing: nobody loses the connection by a full disk,
+    /// a slip of the keyboard, or an editor that is half way.
+    fn read_peers(&mut self) -> Option<Vec<Peer>> {
+        match self.all_peers() {
+            Ok(peers) => {
+                if self.failure.take().is_some() {
+                    tracing::info!("the list of peers can be read again");
+                }
+                Some(peers)
+            }
+            Err(error) => {
+                let line = line(error);
+                if self.failure.as_ref() != Some(&line) {
+                    tracing::error!("the peers stay as they were: {line}");
+                }
+                self.failure = Some(line);
+                None
+            }
+        }
     }
 
     fn save_leases(&self, leases: &[SavedLease]) -> Result<(), String> {
@@ -210,46 +262,64 @@ impl Role for ServerRole {
     }
 
     fn watched(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.peers.0.as_fd())
+        Some(self.watch.inotify.as_fd())
     }
 
     fn notice(&mut self) -> Option<Notice> {
-        if !self.peers.take() {
+        if !self.watch.take() {
             return None;
         }
-        match self.all_peers() {
-            Ok(peers) => Some(Notice::Peers(peers)),
-            Err(error) => {
-                tracing::error!("the peers stay as they were: {}", line(error));
-                None
-            }
+        self.read_peers().map(Notice::Peers)
+    }
+
+    fn reload(&mut self) -> Option<Notice> {
+        if let Err(error) = self.watch.renew(self.state.path()) {
+            tracing::error!("changes of the peers go unnoticed: {}", line(error));
         }
+        // One that is still damaged is told again.
+        self.failure = None;
+        let peers = self.read_peers()?;
+        tracing::info!("SIGHUP: the peers are read again, {} of them", peers.len());
+        Some(Notice::Peers(peers))
     }
 }
 
-/// Watches the state directory for a new list of peers.
-struct PeersWatch(Inotify);
+/// Watches the state directory for changes of the list of peers.
+struct PeersWatch {
+    inotify: Inotify,
+}
 
 impl PeersWatch {
     fn new(directory: &Path) -> Result<Self, KeeperError> {
-        let watch = || {
-            let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-            let written = AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CLOSE_WRITE;
-            inotify.add_watch(directory, written)?;
-            Ok(PeersWatch(inotify))
-        };
-        watch().map_err(|error: nix::Error| {
-            KeeperError::Process("watch the state directory", error.into())
-        })
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
+            .map_err(|error| KeeperError::Process("watch the state directory", error.into()))?;
+        let watch = PeersWatch { inotify };
+        watch.renew(directory)?;
+        Ok(watch)
     }
 
-    /// Whether the list has changed since the last call.
+    /// Watches the directory that is there now. Watching the same one twice is harmless.
+    fn renew(&self, directory: &Path) -> Result<(), KeeperError> {
+        let changes = AddWatchFlags::IN_MOVED_TO
+            | AddWatchFlags::IN_MOVED_FROM
+            | AddWatchFlags::IN_CLOSE_WRITE
+            | AddWatchFlags::IN_DELETE;
+        self.inotify
+            .add_watch(directory, changes)
+            .map(drop)
+            .map_err(|error| KeeperError::Process("watch the state directory", error.into()))
+    }
+
+    /// Whether the list may have changed since the last call.
     fn take(&self) -> bool {
+        // IN_IGNORED: the directory itself is gone. IN_Q_OVERFLOW: events were lost.
+        let unknown = AddWatchFlags::IN_IGNORED | AddWatchFlags::IN_Q_OVERFLOW;
         let mut changed = false;
-        while let Ok(events) = self.0.read_events() {
-            changed |= events
-                .iter()
-                .any(|event| event.name.as_deref().is_some_and(|name| name == PEERS_FILE));
+        while let Ok(events) = self.inotify.read_events() {
+            changed |= events.iter().any(|event| {
+                event.mask.intersects(unknown)
+                    || event.name.as_deref().is_some_and(|name| name == PEERS_FILE)
+            });
         }
         changed
     }

@@ -79,6 +79,15 @@ pub enum StateError {
         /// The file.
         path: PathBuf,
     },
+    /// The list of peers is gone although peers have been connected.
+    #[error(
+        "{} is missing, but there are leases of peers: restore it from a backup, or remove {LEASES_FILE} as well to start without peers",
+        path.display()
+    )]
+    PeersGone {
+        /// The file.
+        path: PathBuf,
+    },
     /// The certificate cannot be made or used.
     #[error("the certificate in {}", path.display())]
     Certificate {
@@ -131,17 +140,17 @@ struct MadeOnce {
     host_name: String,
 }
 
-#[derive(Default, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PeersToml {
-    #[serde(default)]
+    // Always written, even when it is empty: a file without it has lost its content.
     peer: Vec<PeerEntry>,
 }
 
 #[derive(Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct LeasesToml {
-    #[serde(default)]
+    // Always written, as above.
     lease: Vec<SavedLease>,
 }
 
@@ -210,13 +219,25 @@ impl StateDir {
         })
     }
 
-    /// All peers, in the order of their invites.
+    /// All peers, in the order of their invites. Before the first invite there is no file, and nobody.
     ///
     /// # Errors
-    /// [`StateError`].
+    /// [`StateError`], such as [`StateError::PeersGone`].
     pub fn peers(&self) -> Result<Vec<PeerEntry>, StateError> {
-        let peers: Option<PeersToml> = read(&self.path.join(PEERS_FILE))?;
-        Ok(peers.unwrap_or_default().peer)
+        let path = self.path.join(PEERS_FILE);
+        if let Some(peers) = read::<PeersToml>(&path)? {
+            return Ok(peers.peer);
+        }
+        // Only peers that were connected have leases. Leases that cannot be read are no proof that there were none.
+        match self.leases() {
+            Ok(leases) if leases.is_empty() => Ok(Vec::new()),
+            _ => Err(StateError::PeersGone { path }),
+        }
+    }
+
+    /// Whether there is a list of peers, be it good or not.
+    pub fn has_peers_file(&self) -> bool {
+        self.path.join(PEERS_FILE).exists()
     }
 
     /// Adds a peer and returns its token, which is kept nowhere.
@@ -447,15 +468,21 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StateError> {
             });
         }
     };
+    let damaged = |reason: String| StateError::Damaged {
+        path: path.into(),
+        reason,
+    };
+    // A power cut or a full disk may leave that behind, and an empty table is valid TOML.
+    if text.trim().is_empty() {
+        return Err(damaged("it is empty".into()));
+    }
     toml::from_str(&text)
         .map(Some)
-        .map_err(|error| StateError::Damaged {
-            path: path.into(),
-            reason: error.message().replace('\n', " "),
-        })
+        .map_err(|error| damaged(error.message().replace('\n', " ")))
 }
 
-/// Replaces a file as a whole. The caller holds the lock, so that nobody else writes the temporary one.
+/// Replaces a file as a whole. The caller holds the lock, so that nobody else writes the temporary one. After an error
+/// the old file is there; after a power cut the old or the new one.
 fn replace(path: &Path, content: &[u8]) -> Result<(), StateError> {
     let temporary = path.with_extension("new");
     let write = || -> io::Result<()> {
@@ -466,10 +493,19 @@ fn replace(path: &Path, content: &[u8]) -> Result<(), StateError> {
             .mode(0o600)
             .open(&temporary)?;
         file.write_all(content)?;
+        // Before the rename: otherwise a power cut may leave an empty file under the new name.
         file.sync_all()?;
-        fs::rename(&temporary, path)
+        fs::rename(&temporary, path)?;
+        // The rename itself is in the directory.
+        path.parent().map_or(Ok(()), |directory| {
+            File::open(directory).and_then(|directory| directory.sync_all())
+        })
     };
-    write().map_err(not_writable(path))
+    write().map_err(|source| {
+        // On a full disk it would only take room.
+        let _ = fs::remove_file(&temporary);
+        not_writable(path)(source)
+    })
 }
 
 fn not_writable(path: &Path) -> impl FnOnce(io::Error) -> StateError {
@@ -506,6 +542,14 @@ mod tests {
     use std::thread;
 
     use super::*;
+
+    fn lease(peer: &str, last: u8) -> SavedLease {
+        SavedLease {
+            peer: peer.into(),
+            v4: [10, 87, 0, last].into(),
+            v6: [0xfd00, 0, 0, 0, 0, 0, 0, u16::from(last)].into(),
+        }
+    }
 
     #[test]
     fn concurrent_first_opens_agree() {
@@ -598,11 +642,6 @@ mod tests {
     fn a_lease_has_one_holder() {
         let directory = tempfile::tempdir().expect("directory");
         let state = StateDir::open(directory.path()).expect("opened");
-        let lease = |peer: &str, last: u8| SavedLease {
-            peer: peer.into(),
-            v4: [10, 87, 0, last].into(),
-            v6: [0xfd00, 0, 0, 0, 0, 0, 0, u16::from(last)].into(),
-        };
         assert!(matches!(
             state.save_leases(&[lease("alice", 2)]),
             Err(StateError::NoSuchPeer(_))
@@ -637,6 +676,103 @@ mod tests {
         for name in ["alice", "alice@laptop", "7", "a.b-c_d"] {
             assert!(check_peer_name(name).is_ok(), "{name:?}");
         }
+    }
+
+    #[test]
+    fn an_empty_file_is_damaged() {
+        let directory = tempfile::tempdir().expect("directory");
+        let state = StateDir::open(directory.path()).expect("opened");
+        for content in ["", " \n\t\n", "# nothing else\n"] {
+            for file in [PEERS_FILE, LEASES_FILE] {
+                fs::write(directory.path().join(file), content).expect("written");
+            }
+            let errors = [
+                state.peers().expect_err("damaged peers"),
+                state.leases().expect_err("damaged leases"),
+            ];
+            for error in errors {
+                assert!(matches!(error, StateError::Damaged { .. }), "{error}");
+            }
+        }
+        fs::write(directory.path().join(STATE_FILE), "").expect("written");
+        let error = StateDir::open(directory.path()).expect_err("damaged");
+        assert!(error.to_string().contains("it is empty"), "{error}");
+    }
+
+    #[test]
+    fn revoking_the_last_peer_leaves_an_explicit_list() {
+        let directory = tempfile::tempdir().expect("directory");
+        let state = StateDir::open(directory.path()).expect("opened");
+        state.add_peer("alice").expect("added");
+        state.save_leases(&[lease("alice", 2)]).expect("saved");
+        state.revoke_peer("alice").expect("revoked");
+        assert!(state.has_peers_file());
+        assert_eq!(state.peers().expect("peers"), []);
+        assert_eq!(state.leases().expect("leases"), []);
+    }
+
+    #[test]
+    fn missing_peers_are_nobody_only_without_leases() {
+        let directory = tempfile::tempdir().expect("directory");
+        let state = StateDir::open(directory.path()).expect("opened");
+        assert_eq!(state.peers().expect("peers"), []);
+        state.add_peer("alice").expect("added");
+        state.save_leases(&[lease("alice", 2)]).expect("saved");
+        fs::remove_file(directory.path().join(PEERS_FILE)).expect("removed");
+        assert!(matches!(state.peers(), Err(StateError::PeersGone { .. })));
+        // Adding one would make a list of one, and revoke all others.
+        assert!(matches!(
+            state.add_peer("bob"),
+            Err(StateError::PeersGone { .. })
+        ));
+        fs::write(directory.path().join(LEASES_FILE), "").expect("written");
+        assert!(matches!(state.peers(), Err(StateError::PeersGone { .. })));
+        fs::remove_file(directory.path().join(LEASES_FILE)).expect("removed");
+        assert_eq!(state.peers().expect("peers"), []);
+    }
+
+    /// A file system of a few pages, in a mount namespace of this thread alone.
+    fn on_a_tiny_disk<T: Send>(run: impl FnOnce(&Path) -> T + Send) -> T {
+        use nix::mount::{MsFlags, mount};
+        use nix::sched::{CloneFlags, unshare};
+        let directory = tempfile::tempdir().expect("directory");
+        let on = directory.path();
+        thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                // CLONE_FS is implied, so that no other thread is affected.
+                unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root");
+                let none: Option<&str> = None;
+                let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+                mount(none, "/", none, private, none).expect("private mounts");
+                let size = Some("size=32k");
+                mount(Some("tmpfs"), on, Some("tmpfs"), MsFlags::empty(), size).expect("a tmpfs");
+                run(on)
+            });
+            thread.join().expect("the test")
+        })
+    }
+
+    #[test]
+    fn a_full_disk_leaves_the_old_list() {
+        on_a_tiny_disk(|path| {
+            let state = StateDir::open(path).expect("opened");
+            state.add_peer("alice").expect("added");
+            let before = fs::read(path.join(PEERS_FILE)).expect("a list");
+            let names: Vec<String> = (0..1000).map(|number| format!("peer{number}")).collect();
+            // The first part of the new list still fits.
+            let error = state
+                .add_peers(names.iter().map(String::as_str))
+                .expect_err("no room");
+            assert!(matches!(error, StateError::NotWritable { .. }), "{error}");
+            assert_eq!(fs::read(path.join(PEERS_FILE)).expect("a list"), before);
+            assert!(!path.join("peers.new").exists(), "it would take room");
+            // Not even one byte.
+            let _ = fs::write(path.join("filler"), vec![0; 64 * 1024]);
+            state.add_peer("bob").expect_err("no room");
+            assert_eq!(fs::read(path.join(PEERS_FILE)).expect("a list"), before);
+            fs::remove_file(path.join("filler")).expect("removed");
+            state.add_peer("bob").expect("room again");
+        });
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::request::Origin;
+use super::ruleset;
 use crate::sys::dns::{self, Saved};
 use crate::sys::netns::{self, NetnsId};
 use crate::sys::route::Netlink;
@@ -120,6 +122,8 @@ impl Undo {
     /// # Errors
     /// One line.
     pub fn carry_out(&self, netlink: &Netlink) -> Result<(), String> {
+        #[cfg(test)]
+        tests::panic_if_told_to();
         match self {
             Undo::DeleteInterface(name) => netlink.delete_interface(name).map_err(line),
             Undo::DeleteAddress { interface, address } => {
@@ -197,13 +201,16 @@ impl Record {
                 }
             }
         };
-        let mut undo = read(&directory).map_or_else(Vec::new, |left| {
-            let same = left.namespace == namespace;
-            left.undo
-                .into_iter()
-                .filter(|undo| same || !undo.is_of_the_namespace())
-                .collect()
-        });
+        let mut undo = match read(&directory) {
+            Some(left) => {
+                let same = left.namespace == namespace;
+                let undo = left.undo.into_iter();
+                undo.filter(|undo| same || !undo.is_of_the_namespace())
+                    .collect()
+            }
+            None if directory.join(RECORD_FILE).exists() => undo_of_damaged(interface),
+            None => Vec::new(),
+        };
         undo.shrink_to_fit();
         let record = Record {
             directory,
@@ -263,7 +270,11 @@ impl Record {
         while let Some(undo) = self.content.undo.pop() {
             if matches!(&undo, Undo::DeleteTable(name) if Some(name.as_str()) == kept) {
                 left.push(undo);
-            } else if let Err(error) = undo.carry_out(netlink) {
+                continue;
+            }
+            // This may run while a panic unwinds: a second one that left a destructor would abort the process.
+            let carried_out = catch_unwind(AssertUnwindSafe(|| undo.carry_out(netlink)));
+            if let Err(error) = carried_out.unwrap_or_else(|_| Err("a bug".into())) {
                 errors.push(error);
                 left.push(undo);
             }
@@ -547,6 +558,21 @@ fn try_lock(directory: &Path) -> Result<Option<Flock<File>>, UndoError> {
     }
 }
 
+/// What must have been done, where the record of it cannot be read. Addresses and routes go with the interface.
+fn undo_of_damaged(interface: &str) -> Vec<Undo> {
+    tracing::error!(
+        "the record of an earlier run with {interface} is damaged: the interface and the nftables table are removed; \
+         check /etc/resolv.conf and the sysctl settings by hand"
+    );
+    let table = Undo::DeleteTable(ruleset::table_name(interface));
+    let has_nft = nft::check_installed().is_ok();
+    has_nft
+        .then_some(table)
+        .into_iter()
+        .chain([Undo::DeleteInterface(interface.into())])
+        .collect()
+}
+
 fn read(directory: &Path) -> Option<Content> {
     let text = fs::read(directory.join(RECORD_FILE)).ok()?;
     serde_json::from_slice(&text).ok()
@@ -564,8 +590,18 @@ pub(super) fn line(error: impl std::error::Error) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use std::cell::Cell;
+
+    thread_local! {
+        /// Whether the next change that this thread takes back panics.
+        pub(crate) static PANIC_ONCE: Cell<bool> = const { Cell::new(false) };
+    }
+
+    pub(super) fn panic_if_told_to() {
+        assert!(!PANIC_ONCE.take(), "a bug, for the test");
+    }
 
     #[test]
     fn a_claim_excludes_others_and_ends_with_its_holder() {
@@ -618,6 +654,19 @@ mod tests {
         record.remove_if_empty();
         drop(record);
         assert_eq!(instance.life(), Life::Gone);
+    }
+
+    #[test]
+    fn a_damaged_record_is_not_an_empty_one() {
+        for content in ["", "{\"keeper\":"] {
+            let run = tempfile::tempdir().expect("directory");
+            let record = Record::claim_under(run.path(), "rt0").expect("claimed");
+            fs::write(record.directory.join(RECORD_FILE), content).expect("written");
+            drop(record);
+            let record = Record::claim_under(run.path(), "rt0").expect("claimed");
+            let undo = Undo::DeleteInterface("rt0".into());
+            assert!(record.content.undo.contains(&undo), "{content:?}");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod netns;
 pub mod nft;
 pub mod route;
 pub mod sandbox;
+pub mod signal;
 pub mod socket;
 pub mod sysctl;
 pub mod tcp_info;

@@ -1,8 +1,11 @@
 //! The `nft` program: rulesets as text in, JSON out.
 
 use std::io::{self, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+
+use super::signal::isolate;
 
 /// Looked at after `PATH`, which lacks them in many user shells.
 const SYSTEM_DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin"];
@@ -79,7 +82,7 @@ fn feed(arguments: &[&str], ruleset: &str) -> Result<(), NftError> {
 
 fn command(arguments: &[&str]) -> Result<Command, NftError> {
     let mut command = Command::new(program()?);
-    command
+    isolate(&mut command)
         .args(arguments)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
@@ -98,6 +101,10 @@ fn program() -> Result<PathBuf, NftError> {
 fn succeeded(output: Output) -> Result<String, NftError> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    if let Some(signal) = output.status.signal() {
+        let reason = format!("it was ended by signal {signal}");
+        return Err(NftError::Run(io::Error::other(reason)));
     }
     let stderr = String::from_utf8_lossy(&output.stderr);
     let first = stderr.lines().next().unwrap_or("no reason given");

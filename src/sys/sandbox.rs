@@ -2,10 +2,6 @@
 //!
 //! Capabilities, limits and the death signal are per thread or are inherited by threads, so this comes before any other
 //! thread, and so before any runtime.
-#![expect(
-    unsafe_code,
-    reason = "ignoring a signal has no safe wrapper that covers handlers"
-)]
 
 use std::io;
 
@@ -13,7 +9,7 @@ use caps::{CapSet, Capability};
 use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
-use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, User, geteuid, setgroups, setresgid, setresuid};
 
 /// Who the daemon becomes.
@@ -52,7 +48,9 @@ pub fn may_lock_memory() -> bool {
 /// # Errors
 /// [`SandboxError`].
 pub fn enter() -> Result<(), SandboxError> {
-    leave_signals_to_the_keeper()?;
+    // Ctrl-C and service managers signal the whole group; the keeper then asks the daemon to end, in order. Until now
+    // the signals that the keeper has blocked for itself were blocked here, too.
+    super::signal::ignore_all().map_err(failed("signals"))?;
     drop_bounding_set()?;
     if geteuid().is_root() {
         become_nobody()?;
@@ -89,18 +87,6 @@ pub fn raise_limits() {
         );
     }
     let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
-}
-
-/// Ctrl-C and service managers signal the whole group; the keeper then asks the daemon to end, in order. The signals that
-/// the keeper has blocked for itself are inherited as blocked.
-fn leave_signals_to_the_keeper() -> Result<(), SandboxError> {
-    for ignored in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        // SAFETY: SigIgn installs no handler, so no code runs in signal context.
-        unsafe { signal(ignored, SigHandler::SigIgn) }.map_err(failed("signals"))?;
-    }
-    SigSet::empty()
-        .thread_set_mask()
-        .map_err(failed("signal mask"))
 }
 
 /// Without a bounding set, not even executing a file as root brings a capability back.
