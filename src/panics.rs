@@ -134,6 +134,43 @@ mod tests {
         runtime.expect("runtime").block_on(future)
     }
 
+    /// Run by the next test, in a process of its own.
+    #[test]
+    #[ignore = "it ends the process"]
+    fn ends_the_process() {
+        /// What a destructor must not get the time for.
+        struct Waits;
+        impl Drop for Waits {
+            fn drop(&mut self) {
+                std::thread::sleep(std::time::Duration::from_secs(3600));
+            }
+        }
+        install_hook();
+        end_process_here();
+        let caught = run(contain("connection", async {
+            panic!("a bug, for the test")
+        }));
+        assert_eq!(caught, Err::<(), _>(TaskPanicked("connection")));
+        let _waits = Waits;
+        panic!("the end, for the test");
+    }
+
+    #[test]
+    fn a_panic_of_the_control_thread_ends_the_process() {
+        let program = std::env::current_exe().expect("the test program");
+        let output = std::process::Command::new(program)
+            .args(["--exact", "panics::tests::ends_the_process", "--ignored"])
+            .arg("--nocapture")
+            .output()
+            .expect("the test program");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(EXIT_PANICKED), "{stderr}");
+        assert!(stderr.contains("the end, for the test"), "{stderr}");
+        // The test harness would have ended with a summary.
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        assert!(!stdout.contains("test result"), "{stdout}");
+    }
+
     #[test]
     fn a_contained_panic_ends_its_future_alone() {
         let result = run(contain("connection", async {

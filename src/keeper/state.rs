@@ -16,10 +16,12 @@ use std::io::{self, Write};
 use std::net::Ipv6Addr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use aws_lc_rs::{digest, rand};
 use ipnet::Ipv6Net;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -40,6 +42,11 @@ const CERTIFICATE_FILE: &str = "certificate.pem";
 const KEY_FILE: &str = "key.pem";
 const LOCK_FILE: &str = "lock";
 const POOL_V6_PREFIX_BITS: u8 = 64;
+/// How long a command waits for another one.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the keeper of a running server waits, which serves nothing else meanwhile.
+const LOCK_TIMEOUT_SERVING: Duration = Duration::from_millis(300);
+const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Why the state cannot be used, in one line that says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +93,15 @@ pub enum StateError {
     )]
     PeersGone {
         /// The file.
+        path: PathBuf,
+    },
+    /// Another process has the directory's lock and does not give it up.
+    #[error(
+        "another ringtun command is at work in {} and does not end: stop it",
+        path.display()
+    )]
+    Locked {
+        /// The state directory.
         path: PathBuf,
     },
     /// The certificate cannot be made or used.
@@ -165,7 +181,7 @@ impl StateDir {
             .mode(0o700)
             .create(path)
             .map_err(not_writable(path))?;
-        let _lock = lock(path)?;
+        let _lock = lock(path, LOCK_TIMEOUT)?;
         let made_once = match read::<MadeOnce>(&path.join(STATE_FILE))? {
             Some(made_once) => made_once,
             None => make_once(path)?,
@@ -258,7 +274,7 @@ impl StateDir {
         &self,
         names: impl IntoIterator<Item = &'name str>,
     ) -> Result<Vec<[u8; TOKEN_BYTES]>, StateError> {
-        let _lock = lock(&self.path)?;
+        let _lock = lock(&self.path, LOCK_TIMEOUT)?;
         let mut peers = self.peers()?;
         let mut taken: HashSet<String> = peers.iter().map(|peer| peer.name.clone()).collect();
         let created = SystemTime::now()
@@ -287,7 +303,7 @@ impl StateDir {
     /// # Errors
     /// [`StateError`], such as a name that is not there.
     pub fn revoke_peer(&self, name: &str) -> Result<(), StateError> {
-        let _lock = lock(&self.path)?;
+        let _lock = lock(&self.path, LOCK_TIMEOUT)?;
         let mut peers = self.peers()?;
         let before = peers.len();
         peers.retain(|peer| peer.name != name);
@@ -314,7 +330,7 @@ impl StateDir {
     /// # Errors
     /// [`StateError`], such as a peer that is not there; nothing is remembered then.
     pub fn save_leases(&self, new: &[SavedLease]) -> Result<(), StateError> {
-        let _lock = lock(&self.path)?;
+        let _lock = lock(&self.path, LOCK_TIMEOUT_SERVING)?;
         let peers = self.peers()?;
         let known: HashSet<&str> = peers.iter().map(|peer| peer.name.as_str()).collect();
         if let Some(lease) = new.iter().find(|lease| !known.contains(&lease.peer[..])) {
@@ -444,17 +460,32 @@ fn check_peer_name(name: &str) -> Result<(), StateError> {
     }
 }
 
-fn lock(directory: &Path) -> Result<Flock<File>, StateError> {
+/// Waits for the lock no longer than `timeout`: its holder may have been stopped by SIGSTOP.
+fn lock(directory: &Path, timeout: Duration) -> Result<Flock<File>, StateError> {
     let path = directory.join(LOCK_FILE);
-    let file = OpenOptions::new()
+    let mut file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(false)
         .mode(0o600)
         .open(&path)
         .map_err(not_writable(&path))?;
-    Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, error)| not_writable(&path)(error.into()))
+    let deadline = Instant::now() + timeout;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((again, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < deadline => {
+                file = again;
+                thread::sleep(LOCK_POLL_INTERVAL);
+            }
+            Err((_, Errno::EWOULDBLOCK)) => {
+                return Err(StateError::Locked {
+                    path: directory.into(),
+                });
+            }
+            Err((_, error)) => return Err(not_writable(&path)(error.into())),
+        }
+    }
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StateError> {
@@ -539,7 +570,6 @@ mod hex32 {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
-    use std::thread;
 
     use super::*;
 
@@ -697,6 +727,18 @@ mod tests {
         fs::write(directory.path().join(STATE_FILE), "").expect("written");
         let error = StateDir::open(directory.path()).expect_err("damaged");
         assert!(error.to_string().contains("it is empty"), "{error}");
+    }
+
+    #[test]
+    fn a_lock_that_is_never_given_up_holds_no_server_up() {
+        let directory = tempfile::tempdir().expect("directory");
+        let state = StateDir::open(directory.path()).expect("opened");
+        state.add_peer("alice").expect("added");
+        let held = lock(directory.path(), LOCK_TIMEOUT).expect("locked");
+        let error = state.save_leases(&[lease("alice", 2)]).expect_err("locked");
+        assert!(matches!(error, StateError::Locked { .. }), "{error}");
+        drop(held);
+        state.save_leases(&[lease("alice", 2)]).expect("saved");
     }
 
     #[test]
