@@ -351,6 +351,19 @@ mod tests {
     }
 
     #[test]
+    fn a_terminal_that_is_held_drops_and_counts() {
+        let terminal = nix::pty::openpty(None, None).expect("a terminal");
+        let output = Output::new(terminal.slave);
+        assert!(matches!(output.target, Target::NonBlocking(_)));
+        // Nobody reads, as after Ctrl-S.
+        for _ in 0..MANY {
+            output.write_line(LINE);
+        }
+        let dropped = output.dropped_lines();
+        assert!(dropped > 0 && dropped < MANY as u64, "{dropped}");
+    }
+
+    #[test]
     fn a_file_is_shared_with_other_writers() {
         let file = tempfile::tempfile().expect("file");
         let mut others = file.try_clone().expect("a descriptor");
