@@ -2,6 +2,7 @@
 //! closing, and what was counted on connections that have ended.
 
 use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
 use std::time::Instant;
 
 use super::log_limit::LogLimit;
@@ -38,10 +39,18 @@ impl Ended {
     }
 }
 
+/// A connection of a peer between its token and its hand-over to a worker; dropping it ends that time.
+#[derive(Debug)]
+pub struct Connecting {
+    _of_peer: Rc<()>,
+}
+
 /// One peer's account.
 #[derive(Debug)]
 pub struct Account {
     id: PeerId,
+    /// Cloned for each connection that is connecting.
+    connecting: Rc<()>,
     /// Connections of it that are closing, oldest first.
     closing: VecDeque<ConnectionRef>,
     past: ConnectionCounts,
@@ -91,11 +100,22 @@ impl Accounts {
             .entry(peer.to_owned())
             .or_insert_with(|| Account {
                 id,
+                connecting: Rc::default(),
                 closing: VecDeque::new(),
                 past: ConnectionCounts::default(),
                 ended: Ended::default(),
                 log: LogLimit::of_peer(),
             })
+    }
+
+    /// A connection of the peer has shown its token. None if [`CONNECTIONS_PER_PEER_MAX`] have that are no tunnels yet: they
+    /// are not evicted, and must not keep others out.
+    pub fn begin(&mut self, peer: &str) -> Option<Connecting> {
+        let of_peer = &self.of(peer).connecting;
+        let is_free = Rc::strong_count(of_peer) <= CONNECTIONS_PER_PEER_MAX;
+        is_free.then(|| Connecting {
+            _of_peer: Rc::clone(of_peer),
+        })
     }
 
     /// The peer's account, if there is one.
@@ -192,6 +212,18 @@ mod tests {
         assert_eq!(account.past().refused_requests, 200);
         assert_eq!(account.ended().replaced, 100);
         assert!(accounts.closing.is_empty());
+    }
+
+    #[test]
+    fn connections_on_their_way_to_a_tunnel_are_bounded() {
+        let mut accounts = Accounts::default();
+        let mut connecting: Vec<_> = (0..CONNECTIONS_PER_PEER_MAX)
+            .map(|_| accounts.begin("alice").expect("one more"))
+            .collect();
+        assert!(accounts.begin("alice").is_none());
+        assert!(accounts.begin("bob").is_some());
+        connecting.pop();
+        assert!(accounts.begin("alice").is_some());
     }
 
     #[test]

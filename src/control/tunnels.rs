@@ -9,7 +9,7 @@ use std::time::Instant;
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 
 use super::ended;
-use super::peer_accounts::{Account, Accounts};
+use super::peer_accounts::{Account, Accounts, Connecting};
 use super::status::{Subject, connection};
 use crate::keeper::request::{Peer, SavedLease};
 use crate::proto::address_pool::{AddressPool, Lease, PoolExhausted};
@@ -157,6 +157,16 @@ impl Tunnels {
         })
     }
 
+    /// A connection of the peer has shown its token; none if too many of the peer's are no tunnels yet.
+    pub fn begin(&mut self, peer: &Peer) -> Option<Connecting> {
+        self.accounts.begin(&peer.name)
+    }
+
+    /// Says in the log that a connection of the peer gets no tunnel.
+    pub fn log_refusal(&mut self, peer: &str, source: SocketAddr, reason: CloseReason) {
+        log_of!(self, peer, "{peer} from {source}: not taken: {reason}");
+    }
+
     /// Whether a newer client process has taken this one's place.
     pub fn is_superseded(&self, peer: &Peer, instance: InstanceId) -> bool {
         self.sessions.is_superseded(&peer.name, instance)
@@ -221,7 +231,7 @@ impl Tunnels {
 
     /// Tells the peer why its connection is not taken, after the 101 that it has got.
     fn turn_away(&mut self, peer: &str, source: SocketAddr, handoff: Handoff, reason: CloseReason) {
-        log_of!(self, peer, "{peer} from {source}: not taken: {reason}");
+        self.log_refusal(peer, source, reason);
         let connection = handoff.connection;
         self.workers().add(handoff);
         self.close(peer, connection, reason);

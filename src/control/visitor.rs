@@ -200,6 +200,9 @@ async fn converse(
         }
         match verdict {
             Verdict::Tunnel(peer, upgrade) => {
+                let Some(_connecting) = house.tunnels.borrow_mut().begin(&peer) else {
+                    break;
+                };
                 permit.accept_token();
                 return tunnel(house, stream, source, peer, upgrade).await;
             }
@@ -332,10 +335,11 @@ async fn tunnel(
     });
     let mut answer = http::upgrade_response(upgrade.layer, accepts.as_ref());
 
+    let name = peer.name.clone();
     let admitted = match admit(house, peer, instance) {
         Ok(admitted) => admitted,
         Err(reason) => {
-            tracing::info!("{source}: not taken: {reason}");
+            log_refusal(house, &name, source, reason);
             Capsule::put_close(reason, &mut answer);
             stream.write(&answer, deadline).await?;
             stream.close().await;
@@ -373,6 +377,11 @@ async fn tunnel(
         offload: upgrade.offload,
     });
     Ok(())
+}
+
+fn log_refusal(house: &House, peer: &str, source: SocketAddr, reason: CloseReason) {
+    let mut tunnels = house.tunnels.borrow_mut();
+    tunnels.log_refusal(peer, source, reason);
 }
 
 fn admit(house: &House, peer: Peer, instance: InstanceId) -> Result<Admitted, CloseReason> {
