@@ -97,7 +97,7 @@ fn dripping_connections_leave_memory_to_others(
                 Unfinished::Capsule => 2 * (16_384 + 22),
             };
             attacker.socket.write_all(&records[..whole]).unwrap();
-            records[whole..].to_vec().into_iter()
+            records.into_iter().skip(whole)
         })
         .collect();
     let (mut peer, connection) = honest(&mut server);
