@@ -552,7 +552,8 @@ impl<'a> Reader<'a> {
     }
 
     fn byte(&mut self) -> Result<u8, CapsuleError> {
-        Ok(self.array::<1>()?[0])
+        let [byte] = self.array()?;
+        Ok(byte)
     }
 
     fn varint(&mut self) -> Result<u64, CapsuleError> {

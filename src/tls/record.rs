@@ -373,39 +373,45 @@ impl RecordLayer {
 
     fn handle_handshake(&mut self, body: &[u8]) -> Result<Signal, RecordError> {
         if self.handshake.is_empty() {
-            let (signal, taken) = self.take_handshakes(body)?;
-            self.handshake.extend_from_slice(&body[taken..]);
+            let (signal, rest) = self.take_handshakes(body)?;
+            self.handshake.extend_from_slice(rest);
             return Ok(signal);
         }
+        // One message is in at most RECORDS_WITHOUT_DATA_MAX records, so it is not copied more often.
         let mut joined = std::mem::take(&mut self.handshake);
         joined.extend_from_slice(body);
-        let (signal, taken) = self.take_handshakes(&joined)?;
-        joined.drain(..taken);
-        self.handshake = joined;
+        let (signal, rest) = self.take_handshakes(&joined)?;
+        self.handshake.extend_from_slice(rest);
         Ok(signal)
     }
 
-    /// Takes all whole messages at the front of `body` and returns how many bytes they had.
-    fn take_handshakes(&mut self, body: &[u8]) -> Result<(Signal, usize), RecordError> {
+    /// Takes all whole messages at the front of `body` and returns what is behind them.
+    fn take_handshakes<'b>(
+        &mut self,
+        mut body: &'b [u8],
+    ) -> Result<(Signal, &'b [u8]), RecordError> {
         let mut signal = Signal::None;
-        let mut taken = 0;
-        while let Some((kind, message)) = self.first_handshake(&body[taken..])? {
-            if taken > 0 {
+        let mut is_first = true;
+        while let Some((kind, message, rest)) = self.first_handshake(body)? {
+            if !is_first {
                 self.take_credit()?;
             }
-            taken += HANDSHAKE_HEADER_BYTES + message.len();
             match kind {
                 NEW_SESSION_TICKET => self.take_ticket(message)?,
-                _ if taken != body.len() => return Err(RecordError::KeyUpdateNotAtEnd),
+                _ if !rest.is_empty() => return Err(RecordError::KeyUpdateNotAtEnd),
                 _ => signal = self.take_key_update(message)?,
             }
+            (body, is_first) = (rest, false);
         }
-        Ok((signal, taken))
+        Ok((signal, body))
     }
 
-    /// The kind and body of the message at the front of `body`, once it is whole. What can never be taken is refused
-    /// by its first bytes, so that nothing waits for the rest of it.
-    fn first_handshake<'b>(&self, body: &'b [u8]) -> Result<Option<(u8, &'b [u8])>, RecordError> {
+    /// The kind and body of the message at the front of `body`, once it is whole, and what is behind it. What can
+    /// never be taken is refused by its first bytes, so that nothing waits for the rest of it.
+    fn first_handshake<'b>(
+        &self,
+        body: &'b [u8],
+    ) -> Result<Option<(u8, &'b [u8], &'b [u8])>, RecordError> {
         let Some(&kind) = body.first() else {
             return Ok(None);
         };
@@ -421,7 +427,8 @@ impl RecordLayer {
         if bytes > bytes_max {
             return Err(RecordError::HandshakeTooLong(bytes));
         }
-        Ok(rest.get(..bytes).map(|message| (kind, message)))
+        let message = rest.split_at_checked(bytes);
+        Ok(message.map(|(message, rest)| (kind, message, rest)))
     }
 
     fn take_ticket(&mut self, message: &[u8]) -> Result<(), RecordError> {
@@ -531,8 +538,12 @@ impl TrafficKey {
         if self.records == u64::MAX {
             return Err(RecordError::KeyExhausted);
         }
-        let (header, body) = record.split_at(RECORD_HEADER_BYTES);
-        let (ciphertext, tag) = body.split_at(body.len() - RECORD_TAG_BYTES);
+        let (header, body) = record
+            .split_first_chunk::<RECORD_HEADER_BYTES>()
+            .ok_or(RecordError::NotOneRecord)?;
+        let (ciphertext, tag) = body
+            .split_last_chunk::<RECORD_TAG_BYTES>()
+            .ok_or(RecordError::NotOneRecord)?;
         let inner = out
             .get_mut(..ciphertext.len())
             .ok_or(RecordError::BufferTooSmall(ciphertext.len()))?;
@@ -547,11 +558,12 @@ impl TrafficKey {
             .map_err(|_| RecordError::Altered)?;
         self.records += 1;
         // The content type is the last byte that is not padding (RFC 8446 section 5.4).
-        let bytes = inner
+        let (bytes, content_type) = inner
             .iter()
-            .rposition(|&byte| byte != 0)
+            .enumerate()
+            .rfind(|(_, byte)| **byte != 0)
             .ok_or(RecordError::UnexpectedContent(0))?;
-        let content_type = match inner[bytes] {
+        let content_type = match *content_type {
             23 => ContentType::ApplicationData,
             _ if bytes == 0 => return Err(RecordError::Empty),
             22 => ContentType::Handshake,

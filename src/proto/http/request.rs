@@ -205,10 +205,9 @@ pub(super) fn path_and_query(target: &str) -> Option<&str> {
     if !scheme.eq_ignore_ascii_case("https") && !scheme.eq_ignore_ascii_case("http") {
         return None;
     }
-    match rest.find(['/', '?', '#']) {
-        Some(place) if rest[place..].starts_with('/') => Some(&rest[place..]),
-        _ => Some("/"),
-    }
+    let end = rest.find(['/', '?', '#']);
+    let path = end.and_then(|end| rest.get(end..));
+    Some(path.filter(|path| path.starts_with('/')).unwrap_or("/"))
 }
 
 /// Whether this is the layer's well-known path, and no narrower one. The asterisks may be percent-encoded.

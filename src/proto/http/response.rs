@@ -49,7 +49,7 @@ pub fn parse_response(layer: Layer, stream: &[u8]) -> Result<ResponseParsed, Res
         let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
         let mut head = httparse::Response::new(&mut headers);
         let status = head
-            .parse(&stream[start..])
+            .parse(stream.get(start..).unwrap_or_default())
             .map_err(ResponseError::Unreadable)?;
         let httparse::Status::Complete(bytes) = status else {
             return if stream.len() < HEAD_BYTES_MAX {

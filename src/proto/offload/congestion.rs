@@ -53,7 +53,9 @@ fn is_spared(packet: &[u8]) -> bool {
     if headers.protocol != PROTOCOL_TCP || headers.fragment {
         return false;
     }
-    let transport = &packet[headers.transport_offset..headers.total_bytes];
+    let transport = packet
+        .get(headers.transport_offset..headers.total_bytes)
+        .unwrap_or_default();
     let Some(header) = transport.first_chunk::<TCP_HEADER_BYTES_MIN>() else {
         return false;
     };
