@@ -170,8 +170,8 @@ impl Deframer {
 
 #[cfg(test)]
 mod tests {
-    use super::super::capsule::strategies::capsule;
-    use super::super::capsule::{Capsule, datagram_header, put_varint};
+    use super::super::capsule::strategies::{capsule, integer};
+    use super::super::capsule::{Capsule, VARINT_MAX, datagram_header, put_varint};
     use super::*;
     use proptest::collection::vec;
     use proptest::prelude::*;
@@ -333,13 +333,62 @@ mod tests {
 
     fn part() -> impl Strategy<Value = Part> {
         prop_oneof![
-            4 => (prop_oneof![Just(0), Just(2), 0..1_000_000_u64], vec(any::<u8>(), 0..200))
+            4 => (prop_oneof![Just(0), Just(2), integer(0..=VARINT_MAX)], payload())
                 .prop_map(|(context, payload)| Part::Datagram(context, payload)),
             2 => capsule().prop_map(Part::Capsule),
-            2 => ((0..1_000_000_u64).prop_map(|n| 0x29 * n + 0x17), vec(any::<u8>(), 0..300))
+            2 => (unknown_kind(), vec(any::<u8>(), 0..300))
                 .prop_map(|(kind, value)| Part::Unknown(kind, value)),
-            1 => (1..3000_usize).prop_map(Part::Oversized),
+            1 => prop_oneof![1..3000_usize, Just(1), Just(200_000)].prop_map(Part::Oversized),
         ]
+    }
+
+    fn payload() -> impl Strategy<Value = Vec<u8>> {
+        let extremes = [0, 1, 62, 63, 16_382, 16_383, DATAGRAM_PAYLOAD_BYTES_MAX];
+        prop_oneof![
+            20 => vec(any::<u8>(), 0..200),
+            1 => (prop::sample::select(extremes.to_vec()), any::<u8>())
+                .prop_map(|(bytes, byte)| vec![byte; bytes]),
+        ]
+    }
+
+    fn unknown_kind() -> impl Strategy<Value = u64> {
+        prop_oneof![
+            (0..1_000_000_u64).prop_map(|n| 0x29 * n + 0x17),
+            integer(4..=VARINT_MAX).prop_filter("unknown", |kind| !kind::is_control(*kind)),
+        ]
+    }
+
+    /// The beginning of a capsule of any type and any length, which may never come to its end.
+    fn header() -> impl Strategy<Value = Vec<u8>> {
+        let kinds = [
+            kind::DATAGRAM,
+            kind::ADDRESS_ASSIGN,
+            kind::PING,
+            kind::CLOSE,
+        ];
+        let lengths = [
+            CONTROL_BYTES_MAX,
+            VALUE_BYTES_MAX,
+            DATAGRAM_PAYLOAD_BYTES_MAX,
+        ];
+        let lengths = prop_oneof![
+            (prop::sample::select(lengths.to_vec()), 0..3_u64)
+                .prop_map(|(length, more)| length as u64 - 1 + more),
+            integer(0..=VARINT_MAX),
+        ];
+        let kinds = prop_oneof![prop::sample::select(kinds.to_vec()), unknown_kind()];
+        (
+            kinds,
+            lengths,
+            vec(prop_oneof![any::<u8>(), Just(0xff)], 0..80),
+        )
+            .prop_map(|(kind, length, value)| {
+                let mut bytes = Vec::new();
+                put_varint(&mut bytes, kind);
+                put_varint(&mut bytes, length);
+                bytes.extend(value);
+                bytes
+            })
     }
 
     /// The stream in pieces of the given lengths, over and over.
@@ -357,6 +406,26 @@ mod tests {
     }
 
     proptest! {
+        /// However long it says to be: what is cut out lies within the stream, and too much is never waited for.
+        #[test]
+        fn any_header_is_answered_within_the_stream(header in header(), filler in 0..CAPSULE_BYTES_MAX + 9) {
+            let mut stream = header;
+            stream.resize(stream.len() + filler, 0xff);
+            match Deframer::new().next(&stream) {
+                Ok(Frame::Incomplete) => prop_assert!(stream.len() < CAPSULE_BYTES_MAX),
+                Ok(Frame::Datagram { payload, end, .. }) => {
+                    prop_assert!(payload.start <= payload.end && payload.end == end);
+                    prop_assert!(end <= stream.len() && payload.len() <= DATAGRAM_PAYLOAD_BYTES_MAX);
+                }
+                Ok(Frame::Control { value, end, .. }) => {
+                    prop_assert!(value.start <= value.end && value.end == end);
+                    prop_assert!(end <= stream.len() && value.len() <= CONTROL_BYTES_MAX);
+                }
+                Ok(Frame::Skipped { end }) => prop_assert!(end > 0 && end <= stream.len()),
+                Err(_) => {}
+            }
+        }
+
         #[test]
         fn any_chunking_gives_what_was_sent(parts in vec(part(), 0..20), lengths in vec(1..400_usize, 1..10)) {
             let mut stream = Vec::new();
@@ -393,7 +462,10 @@ mod tests {
         /// Also where it is rubbish: the same frames and the same error.
         #[test]
         fn any_chunking_of_anything_gives_the_same(
-            stream in vec(prop_oneof![any::<u8>(), 0..4_u8], 0..600),
+            stream in prop_oneof![
+                vec(prop_oneof![any::<u8>(), 0..4_u8, Just(0xff)], 0..600),
+                vec(header(), 0..6).prop_map(|headers| headers.concat()),
+            ],
             lengths in vec(1..40_usize, 1..10),
         ) {
             let (whole, whole_left, whole_oversized) = deframe(&[&stream]);

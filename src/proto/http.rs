@@ -334,9 +334,69 @@ pub(crate) mod strategies {
 
     use super::*;
 
+    /// A head at the limits: as long or of as many fields as is taken, one more, one less, numbers at the ends of their
+    /// range, fields twice, bytes that text does not have. It begins with one of `first`.
+    pub(crate) fn extreme_head(first: &[&'static str]) -> impl Strategy<Value = Vec<u8>> {
+        let known = [
+            "Host: example.org",
+            "Connection: Upgrade",
+            "Connection: keep-alive, upgrade, close",
+            "Upgrade: connect-ip",
+            "Capsule-Protocol: ?1",
+            "Content-Length: 0",
+            "Content-Length: 18446744073709551615",
+            "Content-Length: 18446744073709551616",
+            "Transfer-Encoding: chunked",
+            "Authorization: Bearer AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+            "Authorization: Bearer ",
+            "Ringtun-Instance: ffffffffffffffffffffffffffffffff;connection=255",
+            "Ringtun-Instance: 00000000000000000000000000000000;connection=256",
+            "Ringtun-Instance: 0;connection=18446744073709551616",
+            "Ringtun-Offload: 999999999999998;csum;tso4;tso6;uso4;uso6",
+            "Ringtun-Offload: 9999999999999998;csum",
+            "Ringtun-Offload: 0",
+            "Ringtun-Offload: 2;;;;",
+        ];
+        let byte = || prop_oneof![any::<u8>(), Just(0), Just(0xff), Just(b' '), Just(b'\r')];
+        let line = move || {
+            prop_oneof![
+                6 => prop::sample::select(known.to_vec()).prop_map(|line| line.as_bytes().to_vec()),
+                1 => prop::collection::vec(byte(), 0..40),
+            ]
+        };
+        let count = prop_oneof![0..10_usize, HEADERS_MAX - 1..=HEADERS_MAX + 1];
+        let lines =
+            count.prop_flat_map(move |count| (prop::collection::vec(line(), 1..6), Just(count)));
+        let lines = lines
+            .prop_map(|(lines, count)| lines.into_iter().cycle().take(count).collect::<Vec<_>>());
+        let length = prop_oneof![
+            2 => Just(None),
+            1 => (HEAD_BYTES_MAX - 2..=HEAD_BYTES_MAX + 2).prop_map(Some),
+        ];
+        let ends = prop::sample::select(vec!["\r\n\r\n", "\n\n", "\r\n", ""]);
+        let first = prop::sample::select(first.to_vec());
+        (first, lines, length, ends).prop_map(|(first, lines, length, end)| {
+            let mut head = first.as_bytes().to_vec();
+            for line in lines {
+                head.extend(b"\r\n");
+                head.extend(line);
+            }
+            if let Some(length) = length {
+                head.extend(b"\r\nA: ");
+                head.resize(length.saturating_sub(end.len()).max(head.len()), b'a');
+            }
+            head.extend(end.as_bytes());
+            head
+        })
+    }
+
     pub(crate) fn offload() -> impl Strategy<Value = OffloadHeader> {
         (
-            1..=499_999_999_999_999_u64,
+            prop_oneof![
+                1..=499_999_999_999_999_u64,
+                Just(1),
+                Just(499_999_999_999_999),
+            ],
             prop::array::uniform5(any::<bool>()),
         )
             .prop_map(|(half, [csum, tso4, tso6, uso4, uso6])| OffloadHeader {

@@ -443,7 +443,73 @@ mod tests {
         }
     }
 
+    /// Headers at their limits: header lengths, total lengths and chains of extension headers that are right, one off,
+    /// zero or as great as can be.
+    fn extreme() -> impl Strategy<Value = Vec<u8>> {
+        let next = prop::sample::select(vec![0_u8, 6, 17, 43, 44, 51, 59, 60, 255]);
+        let length = prop::sample::select(vec![0_u8, 1, 2, 254, 255]);
+        let extensions =
+            prop::collection::vec((next.clone(), length), 0..EXTENSION_HEADERS_MAX + 3);
+        let off = prop_oneof![4 => Just(0_i32), 1 => -1..=1_i32, 1 => Just(i32::MAX), 1 => Just(i32::MIN)];
+        let v6 = (next, extensions, off.clone(), 0..40_usize).prop_map(
+            |(first, extensions, off, payload_bytes)| {
+                let mut packet = vec![0x60; IPV6_HEADER_BYTES];
+                packet[6] = first;
+                let mut kind = first;
+                for (next, length) in extensions {
+                    let bytes = match kind {
+                        PROTOCOL_FRAGMENT => 8,
+                        PROTOCOL_AUTHENTICATION => (usize::from(length) + 2) * 4,
+                        _ => (usize::from(length) + 1) * 8,
+                    };
+                    let start = packet.len();
+                    packet.resize(start + bytes, 0xff);
+                    packet[start..start + 2].copy_from_slice(&[next, length]);
+                    kind = next;
+                }
+                packet.resize(packet.len() + payload_bytes, 0);
+                let length = (packet.len() as i32 - 40)
+                    .saturating_add(off)
+                    .clamp(0, 0xffff);
+                packet[4..6].copy_from_slice(&(length as u16).to_be_bytes());
+                packet
+            },
+        );
+        let v4 =
+            (0..16_u8, off, 0..70_usize, any::<u16>()).prop_map(|(words, off, bytes, flags)| {
+                let mut packet = vec![0xff; bytes.max(8)];
+                packet[0] = 0x40 | words;
+                packet[6..8].copy_from_slice(&flags.to_be_bytes());
+                let length = (packet.len() as i32).saturating_add(off).clamp(0, 0xffff);
+                packet[2..4].copy_from_slice(&(length as u16).to_be_bytes());
+                packet
+            });
+        let ends = [
+            vec![],
+            vec![0; 70],
+            vec![0xff; 70],
+            vec![0x45; PACKET_BYTES_MAX],
+            vec![0x60; PACKET_BYTES_MAX],
+        ];
+        prop_oneof![4 => v6, 4 => v4, 1 => prop::sample::select(ends.to_vec())]
+    }
+
     proptest! {
+        #[test]
+        fn headers_at_their_limits_are_parsed_without_panic(packet in extreme()) {
+            if let Ok(headers) = parse(&packet) {
+                prop_assert!(headers.transport_offset <= headers.total_bytes);
+                prop_assert!(headers.total_bytes <= packet.len());
+                prop_assert_eq!(source(&packet), Some(headers.src));
+                prop_assert_eq!(destination(&packet), Some(headers.dst));
+                pseudo_header_sum(&packet, &headers);
+            }
+            source(&packet);
+            destination(&packet);
+            crate::proto::flow_hash::flow_hash(&packet);
+            crate::proto::ecn::mark_congestion(&mut packet.clone());
+        }
+
         #[test]
         fn any_bytes_are_parsed_without_panic(mut packet in prop::collection::vec(any::<u8>(), 1..120), v6: bool) {
             packet[0] = if v6 { 0x60 } else { 0x45 };

@@ -1110,6 +1110,41 @@ mod tests {
         );
     }
 
+    fn content_type() -> impl Strategy<Value = u8> {
+        prop_oneof![8 => 21u8..=23, 1 => Just(0), 1 => Just(24), 1 => Just(255)]
+    }
+
+    /// Contents of records at their limits: empty, as long as may be, all bytes alike, messages that say to be of
+    /// other lengths than they are, many of the shortest.
+    fn body() -> impl Strategy<Value = Vec<u8>> {
+        let lengths = [0, 1, 2, 3, 4, 5, 16_383, RECORD_PLAINTEXT_BYTES_MAX];
+        let messages = proptest::sample::select(vec![
+            ticket(1),
+            ticket(16_000),
+            vec![24, 0, 0, 1, 0],
+            vec![24, 0, 0, 1, 1],
+            vec![24, 0, 0, 1],
+            vec![4, 0, 0, 0],
+            vec![4, 0, 0x40, 0],
+            vec![4, 0xff, 0xff, 0xff],
+            vec![1, 0],
+            vec![1, 90],
+        ]);
+        prop_oneof![
+            proptest::collection::vec(0u8..30, 1..40),
+            (
+                proptest::sample::select(lengths.to_vec()),
+                prop_oneof![Just(0u8), Just(4), Just(24), Just(0xff)],
+            )
+                .prop_map(|(bytes, byte)| vec![byte; bytes]),
+            (messages, 1..40usize).prop_map(|(message, times)| {
+                let mut body = message.repeat(times);
+                body.truncate(RECORD_PLAINTEXT_BYTES_MAX);
+                body
+            }),
+        ]
+    }
+
     /// The records of `next` that are taken one after the other.
     fn taken(
         from: &mut RecordLayer,
@@ -1300,13 +1335,34 @@ mod tests {
         #[test]
         fn no_record_content_makes_the_layer_panic(
             cipher in proptest::sample::select(&CIPHERS[..]),
-            bodies in proptest::collection::vec((21u8..=23, proptest::collection::vec(0u8..30, 1..40)), 1..10),
+            bodies in proptest::collection::vec((content_type(), body()), 1..10),
+            from_client: bool,
         ) {
             let Ends { mut client, mut server } = ends_with(cipher);
+            let (from, to) = match from_client {
+                true => (&mut client, &mut server),
+                false => (&mut server, &mut client),
+            };
             for (kind, body) in bodies {
-                let record = craft(&mut server, &[&body[..], &[kind]].concat());
-                let _ = receive(&mut client, &record);
+                let record = craft(from, &[&body[..], &[kind]].concat());
+                let _ = receive(to, &record);
+                prop_assert!(to.handshake.len() <= HANDSHAKE_HEADER_BYTES + HANDSHAKE_BYTES_MAX);
+                prop_assert!(to.data_credit_bytes <= DATA_CREDIT_BYTES_MAX);
             }
+        }
+
+        #[test]
+        fn no_bytes_in_place_of_a_record_make_the_layer_panic(
+            header in proptest::sample::select(vec![[23, 3, 3], [22, 3, 3], [23, 0, 0], [0xff; 3], [0; 3]]),
+            length in proptest::sample::select(vec![0_u16, 1, 16, 17, 18, 16_400, 16_401, 16_402, 0xffff]),
+            there in proptest::option::of(0..40usize),
+            byte: u8,
+        ) {
+            let Ends { mut client, .. } = ends();
+            let mut record = [&header[..], &length.to_be_bytes()].concat();
+            record.resize(5 + there.unwrap_or(length.into()), byte);
+            let _ = record_bytes(&record);
+            prop_assert!(open(&mut client, &record).is_err());
         }
     }
 }

@@ -668,5 +668,29 @@ mod tests {
         fn anything_is_safe_to_read(bytes: Vec<u8>) {
             parse_request(&bytes);
         }
+
+        #[test]
+        fn heads_at_the_limits_are_read_or_refused(
+            head in strategies::extreme_head(&[
+                "GET /.well-known/masque/ip/*/*/ HTTP/1.1",
+                "GET https://example.org/.well-known/masque/ip/*/*/ HTTP/1.1",
+                "GET https://\u{fc}? HTTP/1.1",
+                "CONNECT * HTTP/1.0",
+                "",
+            ]),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let whole = parse_request(&head);
+            match &whole {
+                Parsed::Incomplete => prop_assert!(head.len() < HEAD_BYTES_MAX),
+                Parsed::Request { head_bytes, request } => {
+                    prop_assert!(*head_bytes <= head.len().min(HEAD_BYTES_MAX));
+                    request.path();
+                }
+                Parsed::Unreadable => {}
+            }
+            let early = parse_request(&head[..cut.index(head.len() + 1)]);
+            prop_assert!(early == Parsed::Incomplete || early == whole || head.len() > HEAD_BYTES_MAX);
+        }
     }
 }

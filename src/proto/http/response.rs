@@ -199,6 +199,28 @@ mod tests {
         }
 
         #[test]
+        fn heads_at_the_limits_are_read_or_refused(
+            interim in 0..700_usize,
+            head in strategies::extreme_head(&[
+                "HTTP/1.1 101 Switching Protocols",
+                "HTTP/1.1 999 ",
+                "HTTP/1.1 000",
+                "HTTP/1.1 100 Continue",
+                "HTTP/1.0 65536 X",
+                "",
+            ]),
+        ) {
+            let stream = [&b"HTTP/1.1 100 Continue\r\n\r\n".repeat(interim)[..], &head].concat();
+            match parse_response(Layer::Ip, &stream) {
+                Ok(ResponseParsed::Incomplete) => prop_assert!(stream.len() < HEAD_BYTES_MAX),
+                Ok(ResponseParsed::Switched { head_bytes, .. }) => {
+                    prop_assert!(head_bytes <= stream.len().min(HEAD_BYTES_MAX));
+                }
+                Ok(ResponseParsed::Refused { .. }) | Err(_) => {}
+            }
+        }
+
+        #[test]
         fn anything_is_safe_to_read(bytes: Vec<u8>, text in "HTTP/1.1 [0-9]{0,4} ?[ -~\\r\\n]{0,80}") {
             let _ = parse_response(Layer::Ip, &bytes);
             let _ = parse_response(Layer::Ip, text.as_bytes());

@@ -232,6 +232,13 @@ impl Honest {
     }
 }
 
+fn extreme_word() -> impl Strategy<Value = u16> {
+    let edges = [
+        0, 1, 7, 19, 20, 39, 40, 47, 48, 49, 127, 128, 129, 500, 0x7fff, 0xfffe, 0xffff,
+    ];
+    prop_oneof![prop::sample::select(edges.to_vec()), any::<u16>()]
+}
+
 prop_compose! {
     fn honest()(
         v6: bool,
@@ -378,6 +385,49 @@ proptest! {
             validate(VirtioNetHdr::PLAIN, &packet, Offloads::ALL).map(|_| ()),
             packet::parse(&packet).map(|_| ()).map_err(OffloadError::Packet)
         );
+    }
+
+    #[test]
+    fn headers_at_their_limits_are_judged_without_panic(
+        honest in honest(),
+        options in prop::option::of((1..9_usize, prop_oneof![Just(8_usize), Just(16), Just(2048)])),
+        gso in (prop::sample::select(vec![GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, GSO_ECN, 0xff]), any::<bool>()),
+        gso_size in extreme_word(),
+        csum_start in prop::option::weighted(0.1, extreme_word()),
+        csum_offset in prop::option::weighted(0.1, extreme_word()),
+        flags in prop::sample::select(vec![0, FLAG_NEEDS_CSUM, FLAG_NEEDS_CSUM, FLAG_NEEDS_CSUM, 0xff]),
+        cut in prop::option::weighted(0.2, 0..120_usize),
+    ) {
+        let (hdr, mut packet) = honest.partial();
+        let mut csum_start = csum_start.unwrap_or(hdr.csum_start);
+        if let (Some((count, bytes)), true, false) = (options, honest.src.is_ipv6(), honest.ip_options) {
+            let mut chain = Vec::new();
+            for _ in 0..count {
+                chain.extend([60, (bytes / 8 - 1) as u8]);
+                chain.resize(chain.len() + bytes - 2, 0);
+            }
+            chain[(count - 1) * bytes] = honest.protocol;
+            packet[6] = 60;
+            packet.truncate(PACKET_BYTES_MAX - chain.len());
+            packet.splice(40..40, chain.iter().copied());
+            let payload_bytes = (packet.len() - 40) as u16;
+            packet[4..6].copy_from_slice(&payload_bytes.to_be_bytes());
+            csum_start = csum_start.wrapping_add(chain.len() as u16);
+        }
+        let (gso_type, keep_type) = gso;
+        let hdr = VirtioNetHdr {
+            flags,
+            gso_type: if keep_type { hdr.gso_type } else { gso_type },
+            hdr_len: 0xffff,
+            gso_size: if keep_type && gso_size % 3 == 0 { hdr.gso_size } else { gso_size },
+            csum_start,
+            csum_offset: csum_offset.unwrap_or(hdr.csum_offset),
+        };
+        packet.truncate(cut.unwrap_or(packet.len()));
+        judge(hdr, &packet)?;
+        let framed = [&hdr.to_bytes(), &packet[..]].concat();
+        signalled(&framed)?;
+        let _ = Datagram::read(hdr, &packet, Offloads::ALL);
     }
 
     #[test]
