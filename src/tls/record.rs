@@ -226,6 +226,15 @@ pub struct RecordLayer {
     data_credit_bytes: usize,
 }
 
+/// A whole handshake message.
+struct Handshake<'b> {
+    kind: u8,
+    /// Without its header.
+    message: &'b [u8],
+    /// The bytes behind it.
+    rest: &'b [u8],
+}
+
 /// rustls' half of the connection: the key schedule, and the tickets on the client's side.
 pub(super) enum KernelSecrets {
     Client(KernelConnection<ClientConnectionData>),
@@ -392,7 +401,12 @@ impl RecordLayer {
     ) -> Result<(Signal, &'b [u8]), RecordError> {
         let mut signal = Signal::None;
         let mut is_first = true;
-        while let Some((kind, message, rest)) = self.first_handshake(body)? {
+        while let Some(Handshake {
+            kind,
+            message,
+            rest,
+        }) = self.first_handshake(body)?
+        {
             if !is_first {
                 self.take_credit()?;
             }
@@ -406,12 +420,9 @@ impl RecordLayer {
         Ok((signal, body))
     }
 
-    /// The kind and body of the message at the front of `body`, once it is whole, and what is behind it. What can
-    /// never be taken is refused by its first bytes, so that nothing waits for the rest of it.
-    fn first_handshake<'b>(
-        &self,
-        body: &'b [u8],
-    ) -> Result<Option<(u8, &'b [u8], &'b [u8])>, RecordError> {
+    /// The message at the front of `body`, once it is whole. What can never be taken is refused by its first bytes, so
+    /// that nothing waits for the rest of it.
+    fn first_handshake<'b>(&self, body: &'b [u8]) -> Result<Option<Handshake<'b>>, RecordError> {
         let Some(&kind) = body.first() else {
             return Ok(None);
         };
@@ -428,7 +439,11 @@ impl RecordLayer {
             return Err(RecordError::HandshakeTooLong(bytes));
         }
         let message = rest.split_at_checked(bytes);
-        Ok(message.map(|(message, rest)| (kind, message, rest)))
+        Ok(message.map(|(message, rest)| Handshake {
+            kind,
+            message,
+            rest,
+        }))
     }
 
     fn take_ticket(&mut self, message: &[u8]) -> Result<(), RecordError> {
