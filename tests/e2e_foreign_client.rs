@@ -129,6 +129,30 @@ fn addresses_and_routes_are_given_unasked_and_on_request(server: Server) {
     assert_eq!(one_of_each(&assignments(&assigned), 7, 300), (v4, v6));
 }
 
+/// Its answer would be longer than a capsule may be: that ended the daemon once.
+#[rstest]
+fn the_largest_address_request_is_answered(server: Server) {
+    const REQUESTS: usize = 2340;
+    let (sender, mut receiver, v4, v6) = server.connect();
+    let request = Assignment {
+        request_id: 9,
+        address: Ipv4Addr::UNSPECIFIED.into(),
+        prefix_bits: 32,
+    };
+    let requests: Vec<_> = (0..REQUESTS).map(|_| request).collect();
+    sender.request_addresses(&requests).expect("sent");
+    let answer = receiver.receive_kind(ADDRESS_ASSIGN).expect("an answer");
+    let (own, refused): (Vec<_>, Vec<_>) = assignments(&answer)
+        .into_iter()
+        .partition(|assignment| !assignment.address.is_unspecified());
+    assert_eq!(one_of_each(&own, 9, 0), (v4, v6));
+    assert!((REQUESTS - 4..REQUESTS).contains(&refused.len()));
+
+    sender.request_addresses(&[request]).expect("sent");
+    let answer = receiver.receive_kind(ADDRESS_ASSIGN).expect("an answer");
+    assert_eq!(one_of_each(&assignments(&answer), 9, 0), (v4, v6));
+}
+
 #[rstest]
 fn the_web_host_answers_its_ping(server: Server) {
     let (sender, mut receiver, v4, v6) = server.connect();

@@ -1,21 +1,26 @@
-//! Every place in the code that peers' bytes reach which could panic is listed in `panic_sites.toml`, with the reason
-//! why it cannot.
+//! Every place in the code that peers' bytes reach which could panic is listed in
+//! `panic_sites.toml`, with the reason why it cannot.
 //!
-//! The files that `panic_sites.toml` names are parsed, without their tests and without what is computed at compile time. These
-//! are sites:
+//! The files that `panic_sites.toml` names are parsed, without their tests and without what is
+//! computed at compile time. These are sites:
 //!
-//! - macros: `panic!`, `unreachable!`, `todo!`, `unimplemented!`, `assert!` and its kin (but not `debug_assert!`);
+//! - macros: `panic!`, `unreachable!`, `todo!`, `unimplemented!`, `assert!` and its kin (but not
+//!   `debug_assert!`);
 //! - `unwrap`, `expect` and their `_err` forms;
-//! - `index`: `a[i]` and `a[i..j]`, whatever `i` is: the types that make `array[0]` safe are not known here;
-//! - the calls of [`PANICKING_CALLS`], and those of [`PANICKING_UNLESS_LITERAL`] with an argument that is not a literal;
+//! - `index`: `a[i]` and `a[i..j]`, whatever `i` is: the types that make `array[0]` safe are not
+//!   known here;
+//! - the calls of [`PANICKING_CALLS`], and those of [`PANICKING_UNLESS_LITERAL`] with an argument
+//!   that is not a literal;
 //! - `divide`: `/` and `%` by anything but a literal or a constant;
-//! - in the files under `arithmetic` also `subtract` and `multiply`, unless one side is a literal or a constant (for `-`: unless
-//!   both are).
+//! - in the files under `arithmetic` also `subtract` and `multiply`, unless one side is a literal
+//!   or a constant (for `-`: unless both are).
 //!
-//! Not covered: additions, shifts, `as`, arithmetic outside of the `arithmetic` files (release builds wrap it), `insert` (which
-//! maps have, too), allocation failure, stack depth, and what dependencies do.
+//! Not covered: additions, shifts, `as`, arithmetic outside of the `arithmetic` files (release
+//! builds wrap it), `insert` (which maps have, too), allocation failure, stack depth, and what
+//! dependencies do.
 //!
-//! `RINGTUN_PANIC_SITES=print cargo test --test panic_sites -- --nocapture` prints the entries that are missing.
+//! `RINGTUN_PANIC_SITES=print cargo test --test panic_sites -- --nocapture` prints the entries that
+//! are missing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;

@@ -397,8 +397,8 @@ impl Capsule {
         put_capsule(kind::PONG, &payload, out);
     }
 
-    /// Appends a CLOSE. A code above [`VARINT_MAX`], which no decoder makes, is sent as [`VARINT_MAX`]: unlike
-    /// [`Capsule::encode`] this cannot fail.
+    /// Appends a CLOSE. A code above [`VARINT_MAX`], which no decoder makes, is sent as
+    /// [`VARINT_MAX`]: unlike [`Capsule::encode`] this cannot fail.
     pub fn put_close(reason: CloseReason, out: &mut Vec<u8>) {
         let mut value = Vec::new();
         put_varint(&mut value, reason.code());

@@ -406,7 +406,8 @@ mod tests {
     }
 
     proptest! {
-        /// However long it says to be: what is cut out lies within the stream, and too much is never waited for.
+        /// However long it says to be: what is cut out lies within the stream, and too much is
+        /// never waited for.
         #[test]
         fn any_header_is_answered_within_the_stream(header in header(), filler in 0..CAPSULE_BYTES_MAX + 9) {
             let mut stream = header;

@@ -334,8 +334,9 @@ pub(crate) mod strategies {
 
     use super::*;
 
-    /// A head at the limits: as long or of as many fields as is taken, one more, one less, numbers at the ends of their
-    /// range, fields twice, bytes that text does not have. It begins with one of `first`.
+    /// A head at the limits: as long or of as many fields as is taken, one more, one less, numbers
+    /// at the ends of their range, fields twice, bytes that text does not have. It begins with one
+    /// of `first`.
     pub(crate) fn extreme_head(first: &[&'static str]) -> impl Strategy<Value = Vec<u8>> {
         let known = [
             "Host: example.org",

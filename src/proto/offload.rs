@@ -47,16 +47,19 @@ pub const GSO_ECN: u8 = 0x80;
 
 /// The smallest `gso_size` of a peer's super-packet with two segments or more.
 ///
-/// An ordinary packet costs its sender at least its headers, so a byte must not make more packets in a super-packet
-/// than outside of one. Linux's smallest MSS is 48, options included, so honest segments are hardly ever smaller.
+/// An ordinary packet costs its sender at least its headers, so a byte must not make more packets
+/// in a super-packet than outside of one. Linux's smallest MSS is 48, options included, so honest
+/// segments are hardly ever smaller.
 pub const GSO_BYTES_MIN: usize = 48;
-/// The most segments of a peer's super-packet. It is the kernel's `UDP_MAX_SEGMENTS`, and enough for 64 KiB in
-/// segments of the smallest MSS that IPv4 guarantees (536).
+/// The most segments of a peer's super-packet. It is the kernel's `UDP_MAX_SEGMENTS`, and enough
+/// for 64 KiB in segments of the smallest MSS that IPv4 guarantees (536).
 pub const SEGMENTS_MAX: usize = 128;
-/// The longest headers of a peer's super-packet with two segments or more, unless `gso_size` is greater.
+/// The longest headers of a peer's super-packet with two segments or more, unless `gso_size` is
+/// greater.
 ///
-/// Each segment repeats them. IPv6 extension headers may have 16 KiB, and a few KiB would become megabytes. These are
-/// enough for IPv6, three extension headers of the usual length and the longest TCP header.
+/// Each segment repeats them. IPv6 extension headers may have 16 KiB, and a few KiB would become
+/// megabytes. These are enough for IPv6, three extension headers of the usual length and the
+/// longest TCP header.
 pub const REPEATED_HEADER_BYTES_MAX: usize = 128;
 
 /// The kernel's `GSO_BY_FRAGS`, a `gso_size` that is none.
@@ -313,10 +316,12 @@ pub enum OffloadError {
     /// The TCP or UDP header is cut off or contradicts itself, or its flags forbid segments (SYN, RST).
     #[error("transport header unfit for segmentation")]
     Transport,
-    /// `gso_size` is out of range, below [`GSO_BYTES_MIN`], or makes more than [`SEGMENTS_MAX`] segments.
+    /// `gso_size` is out of range, below [`GSO_BYTES_MIN`], or makes more than [`SEGMENTS_MAX`]
+    /// segments.
     #[error("gso_size out of range")]
     GsoSize,
-    /// The headers that all segments repeat are longer than `gso_size` and [`REPEATED_HEADER_BYTES_MAX`].
+    /// The headers that all segments repeat are longer than `gso_size` and
+    /// [`REPEATED_HEADER_BYTES_MAX`].
     #[error("headers too long to be repeated in every segment")]
     RepeatedHeaders,
     /// The scratch space given to [`segment()`] is shorter than a segment.
@@ -326,10 +331,11 @@ pub enum OffloadError {
 
 /// Checks a peer's header against the packet that it came with, as hostile input.
 ///
-/// `accepted` is what the peer was told that we take. The answer is the header to write to TUN: flags masked to
-/// [`FLAG_NEEDS_CSUM`], `hdr_len` computed anew, fields without meaning zero, a super-packet of one segment made an
-/// ordinary packet. A packet under an empty header passes if [`packet::parse`] takes it, as in context 0. Whether the
-/// source address belongs to the peer is for the caller to check.
+/// `accepted` is what the peer was told that we take. The answer is the header to write to TUN:
+/// flags masked to [`FLAG_NEEDS_CSUM`], `hdr_len` computed anew, fields without meaning zero, a
+/// super-packet of one segment made an ordinary packet. A packet under an empty header passes if
+/// [`packet::parse`] takes it, as in context 0. Whether the source address belongs to the peer is
+/// for the caller to check.
 ///
 /// # Errors
 /// The first contradiction found; the packet is to be dropped.
@@ -399,8 +405,8 @@ pub enum Fit {
 
 /// Whether a peer that takes `accepts` takes this packet, by the same rules by which it will [`validate`] it.
 ///
-/// An unusual packet that the peer would have to refuse (a partial checksum of a protocol inside another, tiny or very
-/// many segments, long headers) is segmented rather than lost.
+/// An unusual packet that the peer would have to refuse (a partial checksum of a protocol inside
+/// another, tiny or very many segments, long headers) is segmented rather than lost.
 #[inline]
 pub fn fit(hdr: VirtioNetHdr, packet: &[u8], accepts: Offloads) -> Fit {
     if hdr.is_plain() || validate(hdr, packet, accepts).is_ok() {
@@ -480,8 +486,8 @@ impl SuperPacket {
         }
     }
 
-    /// Whether segmenting it makes no more packets, and not many more bytes, of what a peer sends than ordinary
-    /// packets would have been.
+    /// Whether segmenting it makes no more packets, and not many more bytes, of what a peer sends
+    /// than ordinary packets would have been.
     #[inline]
     fn check_amplification(&self) -> Result<(), OffloadError> {
         if self.gso_bytes < GSO_BYTES_MIN || self.payload_bytes() > self.gso_bytes * SEGMENTS_MAX {

@@ -443,8 +443,8 @@ mod tests {
         }
     }
 
-    /// Headers at their limits: header lengths, total lengths and chains of extension headers that are right, one off,
-    /// zero or as great as can be.
+    /// Headers at their limits: header lengths, total lengths and chains of extension headers that
+    /// are right, one off, zero or as great as can be.
     fn extreme() -> impl Strategy<Value = Vec<u8>> {
         let next = prop::sample::select(vec![0_u8, 6, 17, 43, 44, 51, 59, 60, 255]);
         let length = prop::sample::select(vec![0_u8, 1, 2, 254, 255]);

@@ -301,9 +301,10 @@ pub fn assignment(lease: Lease) -> Vec<AssignedAddress> {
 
 /// The ADDRESS_ASSIGN that answers an ADDRESS_REQUEST: RFC 9484, section 4.7.2.
 ///
-/// Whatever was asked for, a session has its lease and nothing else: the first request of each family is answered
-/// with it, further ones are refused. The answer never has more than [`CONTROL_BYTES_MAX`] bytes: an address of the
-/// family that was not asked for may leave no room for the last refusals, and those are left out.
+/// Whatever was asked for, a session has its lease and nothing else: the first request of each
+/// family is answered with it, further ones are refused. The answer never has more than
+/// [`CONTROL_BYTES_MAX`] bytes: an address of the family that was not asked for may leave no room
+/// for the last refusals, and those are left out.
 pub fn answer(lease: Lease, requested: &[AssignedAddress]) -> Vec<AssignedAddress> {
     let of_family = |is_v6: bool| {
         move |request: &&AssignedAddress| matches!(request.prefix, IpNet::V6(_)) == is_v6
@@ -598,7 +599,8 @@ mod tests {
     }
 
     proptest! {
-        /// Each request has its answer, in order but for the lease, and all that is left out did not fit.
+        /// Each request has its answer, in order but for the lease, and all that is left out did
+        /// not fit.
         #[test]
         fn the_answer_to_any_request_can_be_sent(requested in any_request()) {
             let asked = Capsule::AddressRequest(requested.clone()).to_bytes().expect("valid");

@@ -30,13 +30,13 @@ pub const RECORDS_PER_KEY_MAX: u64 = 23_726_566;
 /// The longest handshake message taken after the handshake; only tickets come near it.
 pub const HANDSHAKE_BYTES_MAX: usize = 16_384;
 
-/// So many records without application data are taken in a row: key updates, tickets, warnings, empty records. The
-/// handshake messages after the first in a record count like records.
+/// So many records without application data are taken in a row: key updates, tickets, warnings,
+/// empty records. The handshake messages after the first in a record count like records.
 pub const RECORDS_WITHOUT_DATA_MAX: usize = 32;
 /// So much application data lets the peer send one more record without.
 ///
-/// A key update costs its receiver some 3 us, for 27 bytes. No implementation sends them, or empty records, at such a
-/// rate for a reason.
+/// A key update costs its receiver some 3 us, for 27 bytes. No implementation sends them, or empty
+/// records, at such a rate for a reason.
 pub const DATA_BYTES_PER_RECORD_WITHOUT: usize = 1024;
 
 const _: () = assert!(KEY_UPDATE_RECORDS < RECORDS_PER_KEY_MAX / 2);
@@ -221,8 +221,8 @@ pub struct RecordLayer {
     handshake: Vec<u8>,
     /// The peer has asked for our next key and has not got it.
     reply_owed: bool,
-    /// What the peer may still send without application data, in bytes of data: each record without takes
-    /// [`DATA_BYTES_PER_RECORD_WITHOUT`], data gives back its own length.
+    /// What the peer may still send without application data, in bytes of data: each record without
+    /// takes [`DATA_BYTES_PER_RECORD_WITHOUT`], data gives back its own length.
     data_credit_bytes: usize,
 }
 
@@ -386,7 +386,8 @@ impl RecordLayer {
             self.handshake.extend_from_slice(rest);
             return Ok(signal);
         }
-        // One message is in at most RECORDS_WITHOUT_DATA_MAX records, so it is not copied more often.
+        // One message is in at most RECORDS_WITHOUT_DATA_MAX records, so it is not copied more
+        // often.
         let mut joined = std::mem::take(&mut self.handshake);
         joined.extend_from_slice(body);
         let (signal, rest) = self.take_handshakes(&joined)?;
@@ -420,8 +421,8 @@ impl RecordLayer {
         Ok((signal, body))
     }
 
-    /// The message at the front of `body`, once it is whole. What can never be taken is refused by its first bytes, so
-    /// that nothing waits for the rest of it.
+    /// The message at the front of `body`, once it is whole. What can never be taken is refused by
+    /// its first bytes, so that nothing waits for the rest of it.
     fn first_handshake<'b>(&self, body: &'b [u8]) -> Result<Option<Handshake<'b>>, RecordError> {
         let Some(&kind) = body.first() else {
             return Ok(None);
@@ -1129,8 +1130,8 @@ mod tests {
         prop_oneof![8 => 21u8..=23, 1 => Just(0), 1 => Just(24), 1 => Just(255)]
     }
 
-    /// Contents of records at their limits: empty, as long as may be, all bytes alike, messages that say to be of
-    /// other lengths than they are, many of the shortest.
+    /// Contents of records at their limits: empty, as long as may be, all bytes alike, messages
+    /// that say to be of other lengths than they are, many of the shortest.
     fn body() -> impl Strategy<Value = Vec<u8>> {
         let lengths = [0, 1, 2, 3, 4, 5, 16_383, RECORD_PLAINTEXT_BYTES_MAX];
         let messages = proptest::sample::select(vec![

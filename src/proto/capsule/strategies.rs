@@ -1,5 +1,6 @@
-//! Capsules of every type, as property tests want them: often the extremes, since faults are there. An extreme is the
-//! longest list that fits, all entries alike, all bits zero or one, and the value one beyond the greatest.
+//! Capsules of every type, as property tests want them: often the extremes, since faults are there.
+//! An extreme is the longest list that fits, all entries alike, all bits zero or one, and the value
+//! one beyond the greatest.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;

@@ -16,8 +16,8 @@ pub const fn varint_bytes(value: u64) -> usize {
     }
 }
 
-/// Appends the shortest encoding of `value`. A value above [`VARINT_MAX`] cannot be expressed and becomes
-/// [`VARINT_MAX`].
+/// Appends the shortest encoding of `value`. A value above [`VARINT_MAX`] cannot be expressed and
+/// becomes [`VARINT_MAX`].
 pub fn put_varint(out: &mut Vec<u8>, value: u64) {
     match varint_bytes(value) {
         1 => out.push(value as u8),
@@ -27,7 +27,8 @@ pub fn put_varint(out: &mut Vec<u8>, value: u64) {
     }
 }
 
-/// Writes the shortest encoding of `value`, which is at most [`VARINT_MAX`], to the front of `out`; returns its length.
+/// Writes the shortest encoding of `value`, which is at most [`VARINT_MAX`], to the front of `out`;
+/// returns its length.
 #[inline]
 pub(super) fn write_varint(out: &mut [u8], value: u64) -> usize {
     let length = varint_bytes(value);

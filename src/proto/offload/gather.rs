@@ -160,8 +160,9 @@ impl Run {
         }
     }
 
-    /// Takes a packet as the next segment, if it can be that one; its payload is to follow the others' then. Packets with
-    /// less payload than [`GSO_BYTES_MIN`] stay alone: the peer refuses super-packets of such segments.
+    /// Takes a packet as the next segment, if it can be that one; its payload is to follow the
+    /// others' then. Packets with less payload than [`GSO_BYTES_MIN`] stay alone: the peer refuses
+    /// super-packets of such segments.
     #[inline]
     pub fn take(&mut self, next: &Datagram) -> bool {
         let header_bytes = self.transport_offset + UDP_HEADER_BYTES;

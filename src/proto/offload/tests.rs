@@ -983,7 +983,8 @@ fn a_super_packet_makes_no_more_packets_than_others() {
     }
 }
 
-/// An IPv6 super-packet with this many bytes of destination options, in headers of `gso_bytes` or of what they need.
+/// An IPv6 super-packet with this many bytes of destination options, in headers of `gso_bytes` or
+/// of what they need.
 fn with_options(option_bytes: usize, gso_bytes: usize) -> (VirtioNetHdr, Vec<u8>) {
     let honest = Honest {
         gso_bytes,
