@@ -206,18 +206,17 @@ impl Checksum {
     #[must_use]
     pub fn bytes(self, bytes: &[u8]) -> Self {
         let (words, rest) = bytes.as_chunks::<4>();
-        // Each 32-bit word is two 16-bit words whose carries are folded at the end; this form vectorizes.
-        let mut sum = self.0
-            + words
-                .iter()
-                .map(|word| u64::from(u32::from_ne_bytes(*word)))
-                .sum::<u64>();
+        // Each 32-bit word is two 16-bit words whose carries are folded at the end. This form
+        // vectorizes, also where overflow is checked: it cannot wrap, and is not to be checked.
+        let mut sum = words.iter().fold(self.0, |sum, word| {
+            sum.wrapping_add(u32::from_ne_bytes(*word).into())
+        });
         let (pairs, last) = rest.as_chunks::<2>();
         for pair in pairs {
-            sum += u64::from(u16::from_ne_bytes(*pair));
+            sum = sum.wrapping_add(u16::from_ne_bytes(*pair).into());
         }
         if let [byte] = last {
-            sum += u64::from(u16::from_ne_bytes([*byte, 0]));
+            sum = sum.wrapping_add(u16::from_ne_bytes([*byte, 0]).into());
         }
         Self(sum)
     }
@@ -226,7 +225,7 @@ impl Checksum {
     #[inline]
     #[must_use]
     pub fn word(self, word: u16) -> Self {
-        Self(self.0 + u64::from(word.to_be()))
+        Self(self.0.wrapping_add(word.to_be().into()))
     }
 
     /// Takes one word out again.
