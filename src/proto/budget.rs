@@ -16,7 +16,7 @@ use super::timer::Instant;
 pub struct PeerId(pub u32);
 
 /// Control capsules of one connection that may wait for the control thread; further ones are refused.
-pub const EVENTS_PER_CONNECTION_MAX: usize = 8;
+pub const EVENTS_PER_CONNECTION_MAX: usize = 4;
 /// Bytes of control capsules that may wait to be sent on one connection; further ones are refused.
 pub const CONTROL_BYTES_MAX: usize = 64 * 1024;
 /// Connections of one peer that may exist at a time, closing ones included: twice as many as a session has.

@@ -1,6 +1,6 @@
 //! TCP to TUN, in the order that a packet takes.
 
-use super::connection::{Connection, Farewell, Life, Receive};
+use super::connection::{Connection, Farewell, InnerSources, Life, Receive};
 use super::event_loop::{TUN, Worker};
 use super::{CloseCause, Event};
 use crate::proto::budget::{CONTROL_BYTES_MAX, SEGMENTS_PER_UNIT};
@@ -530,11 +530,19 @@ impl Worker {
         }
     }
 
-    /// Whether a capsule is looked at. A request to control is not, where its answer would find no room anyway, so that
-    /// nothing is spent on a peer that asks and does not listen.
+    /// Whether a capsule is looked at. What the other role alone sends means nothing here. A request to control is not looked
+    /// at where its answer would find no room anyway, so that nothing is spent on a peer that asks and does not listen.
     fn may_request(&mut self, connection: &Connection, kind: u64, bytes: usize) -> bool {
+        let is_of_server = matches!(
+            kind,
+            kind::ADDRESS_ASSIGN | kind::ROUTE_ADVERTISEMENT | kind::DNS_ASSIGN
+        );
+        let from_server = matches!(connection.inner_sources, InnerSources::Any);
         if kind != kind::ADDRESS_REQUEST {
-            return true;
+            return from_server || !is_of_server;
+        }
+        if from_server {
+            return false;
         }
         let work = &mut self.peers.get_mut(connection.peer).work;
         // A request is made into a value, handed to control, answered and sealed, entry by entry.

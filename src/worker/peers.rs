@@ -195,54 +195,56 @@ impl Worker {
             return;
         }
         self.peers.reclaimed = self.now;
+        let holder = |slot: &u32| {
+            let connection = self.connections.get(*slot as usize)?.as_deref()?;
+            (connection.chunks_held() > 0).then_some(connection)
+        };
         let held = |share: &PeerShare| {
-            let slots = share.connections.iter();
-            let connections = slots.filter_map(|slot| self.connections[*slot as usize].as_deref());
-            connections.map(Connection::chunks_held).sum::<usize>()
+            let holders = share.connections.iter().filter_map(holder);
+            holders.map(Connection::chunks_held).sum::<usize>()
         };
         let shares = self.peers.shares.iter();
         let greediest = shares.max_by_key(|(_, share)| (held(share), share.peer));
         let Some((_, share)) = greediest else {
             return;
         };
-        let mut slots: Vec<usize> = share
-            .connections
-            .iter()
-            .map(|slot| *slot as usize)
-            .collect();
-        slots.retain(|slot| {
-            self.connections[*slot]
-                .as_deref()
-                .is_some_and(|connection| connection.chunks_held() > 0)
-        });
+        let mut holders: Vec<&Connection> = share.connections.iter().filter_map(holder).collect();
         // Those first that have been of least use.
-        slots.sort_by_key(|slot| self.connections[*slot].as_deref().map(|c| c.productive));
-        slots.truncate(RECLAIM_MAX);
+        holders.sort_by_key(|connection| connection.productive);
+        holders.truncate(RECLAIM_MAX);
+        let slots: Vec<u32> = holders
+            .iter()
+            .map(|connection| connection.reference.slot)
+            .collect();
         for slot in slots {
-            self.take_back(slot);
+            self.take_back(slot as usize);
         }
     }
 
     /// Frees what memory of a connection can be freed without losing anything.
     fn take_back(&mut self, slot: usize) {
         let now = self.now;
-        let Some(connection) = self.connections[slot].as_deref_mut() else {
+        let Some(connection) = self.connection(slot) else {
             return;
         };
         connection.stats.counters.reclaimed.add(1);
-        self.counters.reclaimed.add(1);
+        let mut rest = None;
         match std::mem::replace(&mut connection.receive, Receive::Parked) {
             Receive::Stalled { mut chunk, start } => {
                 chunk.discard_front(start);
                 connection
                     .spilled_ciphertext
                     .extend_from_slice(chunk.bytes());
-                self.release_receive_chunk(chunk);
+                rest = Some(chunk);
             }
             receive => connection.receive = receive,
         }
+        self.counters.reclaimed.add(1);
+        if let Some(chunk) = rest {
+            self.release_receive_chunk(chunk);
+        }
         self.cancel_read(slot);
-        let Some(connection) = self.connections[slot].as_deref_mut() else {
+        let Some(connection) = self.connection(slot) else {
             return;
         };
         if let Some(sending) = &mut connection.sending
