@@ -109,9 +109,6 @@ pub struct Ring {
     early: Vec<Completion>,
 }
 
-/// `include/uapi/linux/io_uring.h`.
-const IORING_ENTER_GETEVENTS: u32 = 1;
-
 /// What is written to a bell to wake its owner.
 static STROKE: u8 = 1;
 /// Strokes that are silenced at once; if there are more, the bell goes on ringing.
@@ -221,7 +218,7 @@ impl Ring {
         self.push(read, Token::single(Operation::TunRead));
         let mut completions = Vec::new();
         while completions.is_empty() {
-            self.submit_and_reap(&mut completions, true)?;
+            self.submit_and_reap(&mut completions)?;
         }
         let refused = Err(nix::errno::Errno::EOPNOTSUPP);
         Ok(completions
@@ -361,21 +358,13 @@ impl Ring {
         }
     }
 
-    /// Submits everything, waits until at least one operation has completed if `waits`, and appends all that have.
+    /// Submits everything and waits until at least one operation has completed; appends all that have.
     ///
     /// # Errors
     /// What io_uring_enter says; interruptions are retried.
-    pub fn submit_and_reap(
-        &mut self,
-        completions: &mut Vec<Completion>,
-        waits: bool,
-    ) -> io::Result<()> {
-        let submitted = if waits && self.early.is_empty() {
-            self.ring.submit_and_wait(1)
-        } else {
-            self.submit_and_look()
-        };
-        if let Err(error) = submitted {
+    pub fn submit_and_reap(&mut self, completions: &mut Vec<Completion>) -> io::Result<()> {
+        let wanted = usize::from(self.early.is_empty());
+        if let Err(error) = self.ring.submit_and_wait(wanted) {
             match error.raw_os_error() {
                 // EBUSY and EAGAIN: completions have to be reaped before more is taken.
                 Some(libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
@@ -385,21 +374,6 @@ impl Ring {
         completions.append(&mut self.early);
         collect(&mut self.ring, completions);
         Ok(())
-    }
-}
-
-impl Ring {
-    /// Submits everything and has the kernel post what has completed, without waiting. A deferred ring posts nothing
-    /// unless it is asked to by IORING_ENTER_GETEVENTS, which `submit` leaves out.
-    fn submit_and_look(&mut self) -> io::Result<usize> {
-        let entries = self.ring.submission().len() as u32;
-        // SAFETY: no argument is passed, so there is nothing for the kernel to read; the entries are those that `push`
-        // has put there.
-        unsafe {
-            self.ring
-                .submitter()
-                .enter::<libc::sigset_t>(entries, 0, IORING_ENTER_GETEVENTS, None)
-        }
     }
 }
 
@@ -460,7 +434,7 @@ mod tests {
     fn reap_one(ring: &mut Ring) -> Completion {
         let mut completions = Vec::new();
         while completions.is_empty() {
-            ring.submit_and_reap(&mut completions, true).unwrap();
+            ring.submit_and_reap(&mut completions).unwrap();
         }
         assert_eq!(completions.len(), 1);
         completions.remove(0)
@@ -543,7 +517,7 @@ mod tests {
         ring.cancel(token, Token::new(Operation::Cancel, 1, 1));
         let mut completions = Vec::new();
         while completions.len() < 2 {
-            ring.submit_and_reap(&mut completions, true).unwrap();
+            ring.submit_and_reap(&mut completions).unwrap();
         }
         let read = completions
             .iter()
@@ -590,7 +564,7 @@ mod tests {
         }
         let mut completions = Vec::new();
         while completions.len() < count {
-            ring.submit_and_reap(&mut completions, true).unwrap();
+            ring.submit_and_reap(&mut completions).unwrap();
         }
         assert!(
             completions
@@ -616,7 +590,7 @@ mod tests {
         assert!(!ring.ring.submission().cq_overflow());
         let mut completions = Vec::new();
         while completions.len() < count as usize {
-            ring.submit_and_reap(&mut completions, true).unwrap();
+            ring.submit_and_reap(&mut completions).unwrap();
         }
         let order = completions.iter().map(|completion| completion.token.slot);
         assert!(order.eq(0..count));
@@ -640,7 +614,7 @@ mod tests {
         ring.wake(FileSlot(1), Token::single(Operation::WakePeer));
         let mut completions = Vec::new();
         while completions.len() < 2 {
-            ring.submit_and_reap(&mut completions, true).unwrap();
+            ring.submit_and_reap(&mut completions).unwrap();
         }
         assert!(
             completions
@@ -661,7 +635,7 @@ mod tests {
             ring.wake(FileSlot(1), Token::single(Operation::WakePeer));
             let mut completions = Vec::new();
             while completions.len() < 2 {
-                ring.submit_and_reap(&mut completions, true).unwrap();
+                ring.submit_and_reap(&mut completions).unwrap();
             }
             ring.silence(FileSlot(0), Token::single(Operation::Silence));
             assert_eq!(reap_one(&mut ring).result(), Ok(1));

@@ -30,10 +30,12 @@ pub enum Operation {
     WakePeer,
     /// The periodic timer.
     Tick,
+    /// Time to go on with records that were put off.
+    Resume,
 }
 
 impl Operation {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::TunPoll,
         Self::TunRead,
         Self::TunWrite,
@@ -47,6 +49,7 @@ impl Operation {
         Self::Silence,
         Self::WakePeer,
         Self::Tick,
+        Self::Resume,
     ];
 }
 

@@ -98,6 +98,9 @@ pub(super) struct Worker {
     pub(super) starved: VecDeque<usize>,
     /// Connections whose records are put off, since their peers have caused enough work for now.
     pub(super) deferred: VecDeque<usize>,
+    /// The timer for going on with those has fired in this turn, and whether it runs.
+    resumes: bool,
+    resume_armed: bool,
     pub(super) peers: Peers,
     /// Chunks that are held for receiving; all others in use are for sending.
     receiving_chunks: usize,
@@ -165,6 +168,8 @@ impl Worker {
             dirty: Vec::new(),
             starved: VecDeque::new(),
             deferred: VecDeque::new(),
+            resumes: false,
+            resume_armed: false,
             peers: Peers::new(),
             receiving_chunks: 0,
             staging: Staging::new(),
@@ -203,15 +208,17 @@ impl Worker {
         self.ring.tick(TICK, Token::single(Operation::Tick));
         self.read_tun();
         while !self.is_done() {
-            let waits = self.deferred.is_empty();
             self.ring
-                .submit_and_reap(&mut completions, waits)
+                .submit_and_reap(&mut completions)
                 .map_err(WorkerError::Enter)?;
             self.now = Instant::from_nanos(self.epoch.elapsed().as_nanos() as u64);
             self.counters.turns.add(1);
-            let is_idle = completions.is_empty();
+            // Then nobody else has anything to do.
+            let is_alone = completions.len() == 1;
             self.on_completions(&mut completions)?;
-            self.resume_deferred(is_idle);
+            if std::mem::take(&mut self.resumes) {
+                self.resume_deferred(is_alone);
+            }
             self.feed_starved();
             self.release_framing();
             self.pump_dirty();
@@ -247,6 +254,10 @@ impl Worker {
                 self.ring.poll_input(BELL, Token::single(Operation::Wake));
             }
             Operation::Tick => self.on_tick(),
+            Operation::Resume => {
+                self.resumes = true;
+                self.resume_armed = false;
+            }
             Operation::WakePeer => {}
             Operation::ConnectionPoll
             | Operation::ConnectionRead
@@ -337,6 +348,14 @@ impl Worker {
             Class::Chunk => slots / 3,
             Class::Packet => (slots / 4).max(PACKETS_LEFT_MIN),
             Class::Medium | Class::Small => slots / 4,
+        }
+    }
+
+    /// Has the worker go on with records that are put off after [`PAUSE`](crate::uring::ring::PAUSE).
+    pub(super) fn resume_later(&mut self) {
+        if !self.resume_armed {
+            self.resume_armed = true;
+            self.ring.pause(Token::single(Operation::Resume));
         }
     }
 

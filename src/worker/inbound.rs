@@ -3,7 +3,7 @@
 use super::connection::{Connection, Farewell, InnerSources, Life, Receive};
 use super::event_loop::{TUN, Worker};
 use super::{CloseCause, Event};
-use crate::proto::budget::{CONTROL_BYTES_MAX, SEGMENTS_PER_UNIT};
+use crate::proto::budget::{CONTROL_BYTES_MAX, SEGMENTS_PER_UNIT, UNITS_PER_PACKET};
 use crate::proto::capsule::{Capsule, CloseReason, kind};
 use crate::proto::deframer::{CAPSULE_BYTES_MAX, Frame};
 use crate::proto::flow_hash::flow_hash;
@@ -25,7 +25,7 @@ const RESUMED_MAX: usize = 64;
 /// One opened record, with its content type and padding.
 const OPENED_BYTES_MAX: usize = RECORD_PLAINTEXT_BYTES_MAX + 1;
 /// Bytes of an ADDRESS_REQUEST that cost one unit of work.
-const BYTES_PER_REQUEST_UNIT: usize = 128;
+const BYTES_PER_REQUEST_UNIT: usize = 32;
 /// A packet buffer takes further records while no more than this of it is used by finished capsules.
 const REUSE_BYTES_MAX: usize = 8000;
 
@@ -240,7 +240,7 @@ impl Worker {
     }
 
     /// Goes on with records that were put off: of peers that may cause work again, and of one peer more if nobody else has
-    /// anything to do.
+    /// anything to do. An idle worker is not at the disposal of such a peer altogether, as the processor may not be idle.
     pub(super) fn resume_deferred(&mut self, mut is_idle: bool) {
         let now = self.now;
         for _ in 0..self.deferred.len().min(RESUMED_MAX) {
@@ -262,6 +262,9 @@ impl Worker {
                 connection.deferred = false;
                 self.resume(slot);
             }
+        }
+        if !self.deferred.is_empty() {
+            self.resume_later();
         }
     }
 
@@ -328,6 +331,7 @@ impl Worker {
         if !connection.deferred {
             connection.deferred = true;
             self.deferred.push_back(connection.reference.slot as usize);
+            self.resume_later();
             self.counters.deferred.add(1);
             connection.stats.counters.deferred.add(1);
         }
@@ -619,10 +623,8 @@ impl Worker {
             let counters = &connection.stats.counters;
             counters.received_packets.add(1);
             counters.received_bytes.add(bytes as u64);
-            let units = segments_in(piece.bytes()) / SEGMENTS_PER_UNIT;
-            if units > 0 {
-                self.peers.get_mut(connection.peer).work.spend(units);
-            }
+            let units = UNITS_PER_PACKET + segments_in(piece.bytes()) / SEGMENTS_PER_UNIT;
+            self.peers.get_mut(connection.peer).work.spend(units);
             self.count_received(&piece.bytes()[VIRTIO_NET_HDR_BYTES..]);
             self.write_tun(piece);
         }

@@ -9,7 +9,7 @@ use ringtun::proto::capsule::{
 };
 use ringtun::proto::offload::{GSO_NONE, GSO_TCPV6, GSO_UDP_L4, Offloads, VirtioNetHdr};
 use ringtun::tls::AlertDescription;
-use ringtun::tls::record::RECORDS_WITHOUT_DATA_MAX;
+use ringtun::tls::record::{CONTROL_RECORD_BYTES_MAX, RECORDS_WITHOUT_DATA_MAX};
 use ringtun::worker::CloseCause;
 use rstest::rstest;
 use std::io::Write;
@@ -215,9 +215,14 @@ fn garbage_ends_its_own_connection_only() {
         misbehaving.push((peer, vec![Received::Capsule(told), Received::CloseNotify]));
     }
     let mut idle = Peer::join(&mut server, &terms);
+    // At once, or the answers to them would be as many.
+    let mut updates = Vec::new();
     for _ in 0..=RECORDS_WITHOUT_DATA_MAX {
-        idle.0.request_key_update();
+        let mut record = [0; CONTROL_RECORD_BYTES_MAX];
+        let bytes = idle.0.records.key_update(false, &mut record).unwrap();
+        updates.extend_from_slice(&record[..bytes]);
     }
+    idle.0.socket.write_all(&updates).unwrap();
     let told = Received::Alert(AlertDescription::UnexpectedMessage);
     misbehaving.push((idle, vec![told]));
     let mut left: Vec<_> = misbehaving
