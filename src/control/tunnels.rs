@@ -208,6 +208,9 @@ impl Tunnels {
             })
         } else {
             self.turn_away(peer, source, handoff, CloseReason::Revoked);
+            if !self.peers.iter().any(|other| other.name == peer) {
+                self.accounts.forget(peer);
+            }
             return;
         };
         let reason = match (arrived, ordinal) {

@@ -297,6 +297,11 @@ impl Connection {
         self.recalled.len() + sending + fill
     }
 
+    /// Whether the peer is a server: the only one, which may use any inner source.
+    pub(super) fn is_to_server(&self) -> bool {
+        matches!(self.inner_sources, InnerSources::Any)
+    }
+
     /// Chunks that it holds.
     pub(super) fn chunks_held(&self) -> usize {
         let receives = matches!(self.receive, Receive::Reading(_) | Receive::Stalled { .. });

@@ -213,11 +213,9 @@ impl Worker {
                 .map_err(WorkerError::Enter)?;
             self.now = Instant::from_nanos(self.epoch.elapsed().as_nanos() as u64);
             self.counters.turns.add(1);
-            // Then nobody else has anything to do.
-            let is_alone = completions.len() == 1;
             self.on_completions(&mut completions)?;
             if std::mem::take(&mut self.resumes) {
-                self.resume_deferred(is_alone);
+                self.resume_deferred();
             }
             self.feed_starved();
             self.release_framing();

@@ -1,6 +1,6 @@
 //! TCP to TUN, in the order that a packet takes.
 
-use super::connection::{Connection, Farewell, InnerSources, Life, Receive};
+use super::connection::{Connection, Farewell, Life, Receive};
 use super::event_loop::{TUN, Worker};
 use super::{CloseCause, Event};
 use crate::proto::budget::{CONTROL_BYTES_MAX, SEGMENTS_PER_UNIT, UNITS_PER_PACKET};
@@ -175,6 +175,8 @@ impl Worker {
                 connection.stats.received_at_nanos.set(now.as_nanos());
                 let counters = &connection.stats.counters;
                 counters.received_stream_bytes.add(bytes as u64);
+                let peer = connection.peer;
+                self.peers.note_active(peer);
                 if was_silent {
                     self.tell_control(Event::Responsive {
                         connection: reference,
@@ -239,10 +241,11 @@ impl Worker {
         }
     }
 
-    /// Goes on with records that were put off: of peers that may cause work again, and of one peer more if nobody else has
-    /// anything to do. An idle worker is not at the disposal of such a peer altogether, as the processor may not be idle.
-    pub(super) fn resume_deferred(&mut self, mut is_idle: bool) {
+    /// Goes on with records that were put off: of peers that may cause work again, and of one peer more if no other was
+    /// active meanwhile. Not even then has such a peer all of the worker, as the processor may be busy with others.
+    pub(super) fn resume_deferred(&mut self) {
         let now = self.now;
+        let mut is_alone = !self.peers.take_contended();
         for _ in 0..self.deferred.len().min(RESUMED_MAX) {
             let Some(slot) = self.deferred.pop_front() else {
                 return;
@@ -253,7 +256,7 @@ impl Worker {
             };
             let work = &mut self.peers.get_mut(connection.peer).work;
             work.refill(now);
-            if work.is_spent() && std::mem::take(&mut is_idle) {
+            if work.is_spent() && std::mem::take(&mut is_alone) {
                 work.fill(now);
             }
             if work.is_spent() {
@@ -410,7 +413,8 @@ impl Worker {
                 Err(error) => return Progress::Stop(Stop::Record(error)),
             };
             let work = &mut self.peers.get_mut(connection.peer).work;
-            if work.is_spent() {
+            // A client has one peer, its server: there is nobody who would have to wait for it.
+            if work.is_spent() && !connection.is_to_server() {
                 return Progress::Deferred(start);
             }
             work.pay(record.len() as u32);
@@ -541,7 +545,7 @@ impl Worker {
             kind,
             kind::ADDRESS_ASSIGN | kind::ROUTE_ADVERTISEMENT | kind::DNS_ASSIGN
         );
-        let from_server = matches!(connection.inner_sources, InnerSources::Any);
+        let from_server = connection.is_to_server();
         if kind != kind::ADDRESS_REQUEST {
             return from_server || !is_of_server;
         }

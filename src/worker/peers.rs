@@ -33,6 +33,9 @@ pub(super) struct Peers {
     by_id: HashMap<PeerId, usize>,
     /// How many of them hold chunks and packet slots, and when they were counted.
     holders: (Instant, [usize; 2]),
+    /// The peer that was active since records that were put off were looked at, and whether another one was besides.
+    active: Option<usize>,
+    is_contended: bool,
     /// Memory was refused to a peer that is within its share: some has to be taken back.
     pub(super) wants_reclaim: bool,
     reclaimed: Instant,
@@ -44,6 +47,8 @@ impl Peers {
             shares: Slab::new(),
             by_id: HashMap::new(),
             holders: (Instant::ZERO, [1; 2]),
+            active: None,
+            is_contended: false,
             wants_reclaim: false,
             reclaimed: Instant::ZERO,
         }
@@ -73,6 +78,18 @@ impl Peers {
             self.by_id.remove(&share.peer);
             self.shares.remove(key);
         }
+    }
+
+    /// A connection of the peer has received or sent something.
+    #[inline]
+    pub(super) fn note_active(&mut self, key: usize) {
+        self.is_contended |= self.active.replace(key).is_some_and(|other| other != key);
+    }
+
+    /// Whether more than one peer was active since the last call.
+    pub(super) fn take_contended(&mut self) -> bool {
+        self.active = None;
+        std::mem::take(&mut self.is_contended)
     }
 
     pub(super) fn get_mut(&mut self, key: usize) -> &mut PeerShare {

@@ -150,6 +150,7 @@ impl Worker {
         if let Ok(bytes) = completion.result() {
             let counters = &connection.stats.counters;
             counters.sent_stream_bytes.add(bytes as u64);
+            self.peers.note_active(connection.peer);
             connection.path.on_sent(bytes);
         }
         let mut failed = None;
