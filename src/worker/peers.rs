@@ -110,14 +110,20 @@ fn index_of(class: Class) -> usize {
     usize::from(class != Class::Chunk)
 }
 
+/// The peer's connections that are in their slots.
+fn connections_of<'c>(
+    share: &PeerShare,
+    connections: &'c [Option<Box<Connection>>],
+) -> impl Iterator<Item = &'c Connection> {
+    let slots = share.connections.iter();
+    slots.filter_map(|slot| connections.get(*slot as usize)?.as_deref())
+}
+
 impl Worker {
     /// Slots of a class that the connection's peer holds. The connection may be taken out of its slot.
     fn held_by_peer(&self, connection: &Connection, class: Class) -> usize {
         let share = &self.peers.shares[connection.peer];
-        let others = share.connections.iter().filter_map(|slot| {
-            let other = self.connections.get(*slot as usize)?.as_deref()?;
-            Some(held_by(other, class))
-        });
+        let others = connections_of(share, &self.connections).map(|other| held_by(other, class));
         let is_out = self
             .connections
             .get(connection.reference.slot as usize)
@@ -133,13 +139,8 @@ impl Worker {
     /// Connections of the connection's peer whose queues are backlogged, itself included.
     pub(super) fn backlogged_of_peer(&self, connection: &Connection) -> usize {
         let share = &self.peers.shares[connection.peer];
-        let others = share.connections.iter().filter(|slot| {
-            let other = self.connections.get(**slot as usize);
-            let other = other.and_then(Option::as_deref);
-            other.is_some_and(|other| {
-                other.reference != connection.reference && other.queue.is_backlogged()
-            })
-        });
+        let others = connections_of(share, &self.connections)
+            .filter(|other| other.reference != connection.reference && other.queue.is_backlogged());
         others.count() + 1
     }
 
@@ -147,11 +148,8 @@ impl Worker {
         if self.now.since(self.peers.holders.0) >= HOLDERS_FOR {
             let count = |class| {
                 let holds = |share: &PeerShare| {
-                    share.connections.iter().any(|slot| {
-                        let connection = self.connections.get(*slot as usize);
-                        let connection = connection.and_then(Option::as_deref);
-                        connection.is_some_and(|connection| held_by(connection, class) > 0)
-                    })
+                    connections_of(share, &self.connections)
+                        .any(|connection| held_by(connection, class) > 0)
                 };
                 let holders = self.peers.shares.iter();
                 holders.filter(|(_, share)| holds(share)).count()
@@ -212,20 +210,18 @@ impl Worker {
             return;
         }
         self.peers.reclaimed = self.now;
-        let holder = |slot: &u32| {
-            let connection = self.connections.get(*slot as usize)?.as_deref()?;
-            (connection.chunks_held() > 0).then_some(connection)
-        };
         let held = |share: &PeerShare| {
-            let holders = share.connections.iter().filter_map(holder);
-            holders.map(Connection::chunks_held).sum::<usize>()
+            let connections = connections_of(share, &self.connections);
+            connections.map(Connection::chunks_held).sum::<usize>()
         };
         let shares = self.peers.shares.iter();
         let greediest = shares.max_by_key(|(_, share)| (held(share), share.peer));
         let Some((_, share)) = greediest else {
             return;
         };
-        let mut holders: Vec<&Connection> = share.connections.iter().filter_map(holder).collect();
+        let mut holders: Vec<&Connection> = connections_of(share, &self.connections)
+            .filter(|connection| connection.chunks_held() > 0)
+            .collect();
         // Those first that have been of least use.
         holders.sort_by_key(|connection| connection.productive);
         holders.truncate(RECLAIM_MAX);
