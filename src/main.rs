@@ -285,6 +285,8 @@ fn invite(arguments: &InviteArgs) -> Result<u8, Failure> {
     let state = StateDir::open(&config.state_dir)?;
     let (pin, sni) = recognition(&config, &state, &host)?;
     let token = Token::from_bytes(state.add_peer(&arguments.name)?);
+    // A client that comes before the server knows its token is turned away for good.
+    query::wait_for_peers(&state);
     let invite = Invite {
         token,
         host,
@@ -336,7 +338,10 @@ fn peers(arguments: PeersArgs) -> Result<u8, Failure> {
     let state = StateDir::open(&config.state_dir)?;
     match arguments.command {
         None | Some(PeersCommand::List) => list(&state)?,
-        Some(PeersCommand::Revoke { name }) => state.revoke_peer(&name)?,
+        Some(PeersCommand::Revoke { name }) => {
+            state.revoke_peer(&name)?;
+            query::wait_for_peers(&state);
+        }
     }
     Ok(EXIT_OK)
 }

@@ -10,6 +10,7 @@ pub mod text;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -73,6 +74,9 @@ pub struct Report {
 /// A server's own part.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Server {
+    /// Where its peers are kept: an absolute path without links.
+    #[serde(default)]
+    pub state_dir: PathBuf,
     /// Where it listens.
     pub listeners: Vec<SocketAddr>,
     /// Inner IPv4 addresses for clients.
@@ -448,6 +452,7 @@ pub(crate) mod examples {
             io_mode: IoMode::Auto,
             tun_offloads: vec!["csum".into(), "tso4".into(), "tso6".into()],
             server: Some(Server {
+                state_dir: "/var/lib/ringtun".into(),
                 listeners: vec!["[::]:443".parse().expect("address")],
                 pool_v4: "10.87.0.0/16".parse().expect("prefix"),
                 pool_v6: "fd00::/64".parse().expect("prefix"),

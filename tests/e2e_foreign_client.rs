@@ -197,6 +197,16 @@ fn the_web_host_answers_its_ping(server: Server) {
 }
 
 #[rstest]
+fn an_invite_works_as_soon_as_it_is_printed(server: Server) {
+    let to = SocketAddr::from((SERVER_V4, 443));
+    for number in 0..10 {
+        let printed = invite(&server.lab, &format!("guest{number}"));
+        // Fails unless the server knows the token.
+        connect_ip::open(server.host(), to, token_of(&printed));
+    }
+}
+
+#[rstest]
 fn packets_from_another_source_do_not_pass(server: Server) {
     let (sender, mut receiver, v4, _) = server.connect();
     let echo = |source: Ipv4Addr, sequence: u16| {

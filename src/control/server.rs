@@ -191,6 +191,7 @@ fn report(setup: &ServerSetup, house: &House, subject: &Subject) -> Option<Repor
     let tunnels = house.tunnels.borrow();
     let mut report = tunnels.report(subject)?;
     report.server = Some(crate::status::Server {
+        state_dir: setup.config.state_dir.clone(),
         listeners: setup.listeners.clone(),
         pool_v4: setup.pool_v4.into(),
         pool_v6: setup.pool_v6.into(),

@@ -42,7 +42,7 @@ pub fn run_server(config: ServerConfig) -> Result<u8, KeeperError> {
     guarded(|| run(config))
 }
 
-fn run(config: ServerConfig) -> Result<u8, KeeperError> {
+fn run(mut config: ServerConfig) -> Result<u8, KeeperError> {
     let signals = Signals::block()?;
     // A killed predecessor's rules stay until ours replace them, all at once: see NAT_LINGER.
     let table = ruleset::table_name(&config.interface);
@@ -50,6 +50,9 @@ fn run(config: ServerConfig) -> Result<u8, KeeperError> {
     let control = changes.record().control_socket()?;
     nft::check_installed()?;
     let state = StateDir::open(&config.state_dir)?;
+    // As commands that change it will call it, wherever they run.
+    config.state_dir = fs::canonicalize(state.path())
+        .map_err(|error| KeeperError::Process("find the state directory", error))?;
     let identity = identity(&config, &state)?;
     let listeners = Listeners::open(&config, changes.found_leftovers())?;
 

@@ -2,20 +2,27 @@
 //!
 //! The protocol: connect, write [`REQUEST`], read one JSON document until the end of the stream.
 
+use std::fs;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{FORMAT, Report};
+use crate::keeper::StateDir;
 use crate::keeper::undo::{self, Instance, Life, UndoError};
 
 /// What is asked.
 pub const REQUEST: &[u8] = b"status\n";
 /// How long an instance may take to answer.
 pub const ANSWER_TIME: Duration = Duration::from_secs(5);
+/// How long a server may take to notice a change of its peers.
+const PEERS_TIMEOUT: Duration = Duration::from_secs(2);
+const PEERS_INTERVAL: Duration = Duration::from_millis(10);
 /// The longest answer: thousands of sessions with all their connections.
 pub const ANSWER_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
@@ -136,6 +143,33 @@ pub fn document(instance: &Instance) -> Result<String, QueryError> {
     String::from_utf8(answer)
         .map(|text| text.trim_end().to_owned())
         .map_err(|error| not_understood(serde::de::Error::custom(error)))
+}
+
+/// Waits until the servers of this network namespace that use `state` know all its peers and no others, if that takes no
+/// longer than [`PEERS_TIMEOUT`]. One that does not answer is not waited for.
+pub fn wait_for_peers(state: &StateDir) {
+    let deadline = Instant::now() + PEERS_TIMEOUT;
+    let Ok(path) = fs::canonicalize(state.path()) else {
+        return;
+    };
+    let mut waiting = undo::instances(None).unwrap_or_default();
+    loop {
+        waiting.retain(|instance| is_server_behind(instance, &path, state));
+        if waiting.is_empty() || Instant::now() >= deadline {
+            return;
+        }
+        thread::sleep(PEERS_INTERVAL);
+    }
+}
+
+fn is_server_behind(instance: &Instance, path: &Path, state: &StateDir) -> bool {
+    let answer = document(instance).and_then(|text| report(&instance.interface, &text));
+    let server = answer.ok().and_then(|report| report.server);
+    let server = server.filter(|server| server.state_dir == path);
+    match (server, state.peers()) {
+        (Some(server), Ok(peers)) => server.peers != peers.len(),
+        _ => false,
+    }
 }
 
 /// Reads a document.

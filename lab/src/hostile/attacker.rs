@@ -362,22 +362,13 @@ impl Attacker {
     async fn be_a_stranger(self: Rc<Self>, strangers: Strangers, source: Ipv4Addr) {
         let target = &self.order.target;
         let is_paced = strangers.habit == Habit::Handshake;
-        // As long as the server keeps a connection on average, so that the sink's are opened as
-        // often.
-        let held_time = self
-            .order
-            .rates
-            .openings_per_second
-            .filter(|rate| *rate > 0.0)
-            .map(|rate| {
-                let connections =
-                    strangers.connections_per_address * usize::from(strangers.addresses);
-                Duration::from_secs_f64(connections as f64 / rate)
-            });
+        let connections = strangers.connections_per_address * usize::from(strangers.addresses);
+        let interval = reopen_interval(connections, self.order.rates);
         while self.may_open() {
             if is_paced {
                 self.openings.spend(1.0).await;
             }
+            let begun = Instant::now();
             self.order.tally.tried();
             let opened = match strangers.habit {
                 Habit::Silent => target.connect(source).await,
@@ -395,7 +386,7 @@ impl Attacker {
                     }
                     tokio::select! {
                         outcome = read_to_the_end(&stream) => outcome,
-                        () = wait(held_time) => Ok(()),
+                        () = wait_until(interval.map(|interval| begun + interval)) => Ok(()),
                     }
                 }
             };
@@ -412,9 +403,17 @@ impl Attacker {
     }
 }
 
-async fn wait(time: Option<Duration>) {
+/// From the start of a connection to when the attacker closes it, where the rate at which all of
+/// them are opened is given: the rate holds whatever opening one and [`REOPEN_INTERVAL`] take.
+fn reopen_interval(connections: usize, rates: Rates) -> Option<Duration> {
+    let rate = rates.openings_per_second.filter(|rate| *rate > 0.0)?;
+    let cycle = Duration::try_from_secs_f64(connections as f64 / rate).unwrap_or(TIME_MAX);
+    Some(cycle.min(TIME_MAX).saturating_sub(REOPEN_INTERVAL))
+}
+
+async fn wait_until(time: Option<Instant>) {
     match time {
-        Some(time) => sleep(time).await,
+        Some(time) => sleep_until(time).await,
         None => pending().await,
     }
 }
@@ -481,6 +480,21 @@ mod tests {
         assert_eq!(rates.bytes_per_second, Some(250_000.0));
         assert_eq!(rates.openings_per_second, Some(2.0));
         assert!((sent.megabits_per_second() - 2.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_sinks_connections_are_opened_as_often_as_the_servers() {
+        let rates = Rates {
+            bytes_per_second: None,
+            openings_per_second: Some(4_000.0),
+        };
+        // 1,200 connections, each anew every 300 ms, of which 100 ms are between two.
+        assert_eq!(
+            reopen_interval(1_200, rates),
+            Some(Duration::from_millis(200))
+        );
+        assert_eq!(reopen_interval(12, rates), Some(Duration::ZERO));
+        assert_eq!(reopen_interval(1_200, Rates::default()), None);
     }
 
     #[test]
