@@ -363,12 +363,14 @@ impl Attacker {
         let target = &self.order.target;
         let is_paced = strangers.habit == Habit::Handshake;
         let connections = strangers.connections_per_address * usize::from(strangers.addresses);
-        let interval = reopen_interval(connections, self.order.rates);
+        let cycle = cycle(connections, self.order.rates);
+        let mut next = Instant::now();
         while self.may_open() {
             if is_paced {
                 self.openings.spend(1.0).await;
             }
-            let begun = Instant::now();
+            // The next one begins a cycle later, however late this one is.
+            next = cycle.map_or_else(Instant::now, |cycle| next + cycle);
             self.order.tally.tried();
             let opened = match strangers.habit {
                 Habit::Silent => target.connect(source).await,
@@ -386,14 +388,17 @@ impl Attacker {
                     }
                     tokio::select! {
                         outcome = read_to_the_end(&stream) => outcome,
-                        () = wait_until(interval.map(|interval| begun + interval)) => Ok(()),
+                        () = wait_until(cycle.map(|_| next - REOPEN_INTERVAL)) => Ok(()),
                     }
                 }
             };
             if let Err(failure) = outcome {
                 self.order.tally.failed(&failure);
             }
-            sleep(REOPEN_INTERVAL).await;
+            match cycle {
+                Some(_) => sleep_until(next).await,
+                None => sleep(REOPEN_INTERVAL).await,
+            }
         }
         pending().await
     }
@@ -403,12 +408,12 @@ impl Attacker {
     }
 }
 
-/// From the start of a connection to when the attacker closes it, where the rate at which all of
-/// them are opened is given: the rate holds whatever opening one and [`REOPEN_INTERVAL`] take.
-fn reopen_interval(connections: usize, rates: Rates) -> Option<Duration> {
+/// From the start of a connection to the start of the one after it, where the rate at which all of
+/// them are opened is given.
+fn cycle(connections: usize, rates: Rates) -> Option<Duration> {
     let rate = rates.openings_per_second.filter(|rate| *rate > 0.0)?;
     let cycle = Duration::try_from_secs_f64(connections as f64 / rate).unwrap_or(TIME_MAX);
-    Some(cycle.min(TIME_MAX).saturating_sub(REOPEN_INTERVAL))
+    Some(cycle.clamp(REOPEN_INTERVAL, TIME_MAX))
 }
 
 async fn wait_until(time: Option<Instant>) {
@@ -488,13 +493,9 @@ mod tests {
             bytes_per_second: None,
             openings_per_second: Some(4_000.0),
         };
-        // 1,200 connections, each anew every 300 ms, of which 100 ms are between two.
-        assert_eq!(
-            reopen_interval(1_200, rates),
-            Some(Duration::from_millis(200))
-        );
-        assert_eq!(reopen_interval(12, rates), Some(Duration::ZERO));
-        assert_eq!(reopen_interval(1_200, Rates::default()), None);
+        assert_eq!(cycle(1_200, rates), Some(Duration::from_millis(300)));
+        assert_eq!(cycle(12, rates), Some(REOPEN_INTERVAL));
+        assert_eq!(cycle(1_200, Rates::default()), None);
     }
 
     #[test]
