@@ -245,3 +245,32 @@ fn a_client_gets_in_where_descriptors_are_short(lab: Lab) {
         assert_no_panic(process);
     }
 }
+
+/// Two minutes is what the kernel keeps them by itself.
+#[rstest]
+fn ended_connections_are_not_tracked_for_long(lab: Lab) {
+    const CONNECTIONS: usize = 200;
+    let _server = start_server(&lab, &[]);
+    let host = lab.host("server");
+    // Those that have expired are not listed, although they are removed later.
+    let tracked = || {
+        let list = host
+            .exec("cat", ["/proc/net/nf_conntrack"])
+            .expect("a list");
+        list.lines()
+            .filter(|line| line.contains("dport=443"))
+            .count()
+    };
+    let most = lab
+        .host("internet")
+        .enter(|| {
+            for number in 0..CONNECTIONS {
+                let target = [Origin::Addresses, Origin::Network][number % 2].target();
+                TcpStream::connect(target).expect("a connection");
+            }
+        })
+        .map(|()| tracked())
+        .expect("a host");
+    assert!(most > CONNECTIONS / 2, "they are tracked: {most}");
+    until_true("a table without them", || tracked() < CONNECTIONS / 10);
+}

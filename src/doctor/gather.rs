@@ -184,9 +184,11 @@ type Rehearsed = (Result<TunFound, TunTrouble>, Result<(), FilterTrouble>);
 /// Makes the interface and puts the rules into force, in a network namespace of a thread that ends with them. Where that is
 /// not allowed, an interface of another name is made here for a moment, and the rules are only checked.
 fn rehearse(tunnel: &Tunnel, queues: usize, steps: Option<&[Step]>) -> Rehearsed {
-    let ruleset = steps.and_then(|steps| {
+    let rulesets = steps.and_then(|steps| {
         steps.iter().find_map(|step| match step {
-            Step::Table { ruleset, .. } => Some(ruleset.as_str()),
+            Step::Table {
+                ruleset, fallback, ..
+            } => Some([ruleset, fallback]),
             _ => None,
         })
     });
@@ -199,11 +201,13 @@ fn rehearse(tunnel: &Tunnel, queues: usize, steps: Option<&[Step]>) -> Rehearsed
                 REHEARSAL_INTERFACE
             };
             let tun = tun::create(name, tunnel.mtu, queues, true);
-            let filter = match ruleset {
-                Some(ruleset) if is_alone => nft::apply(ruleset),
-                Some(ruleset) => nft::check(ruleset),
-                None => Ok(()),
+            let apply = |ruleset: &String| match is_alone {
+                true => nft::apply(ruleset),
+                false => nft::check(ruleset),
             };
+            let filter = rulesets.map_or(Ok(()), |[ruleset, fallback]| {
+                apply(ruleset).or_else(|_| apply(fallback))
+            });
             (
                 tun.map_err(tun_trouble).map(|tun| tun_found(&tun)),
                 filter.map_err(filter_trouble),

@@ -173,7 +173,20 @@ impl Changes {
             (Step::KeepSetting { .. }, _) => {}
             (Step::Address(address), _) => self.netlink.add_address(tunnel.index, *address)?,
             (Step::Route(route), _) => self.netlink.add_route(route)?,
-            (Step::Table { ruleset, .. }, _) => nft::apply(ruleset)?,
+            (
+                Step::Table {
+                    ruleset, fallback, ..
+                },
+                _,
+            ) => match nft::apply(ruleset) {
+                Err(NftError::Refused(reason)) => {
+                    nft::apply(fallback)?;
+                    tracing::warn!(
+                        "strangers may fill the connection tracking table: no short timeouts here ({reason})"
+                    );
+                }
+                applied => applied?,
+            },
             (Step::ResolvConf(content), Some(Undo::RestoreResolvConf { before, .. })) => {
                 dns::write(Path::new(dns::RESOLV_CONF), before, content.as_bytes())?;
             }

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::request::{ADDRESSES_MAX, ROUTES_MAX, TunnelSettings};
-use super::ruleset::{ServerRules, ruleset, table_name};
+use super::ruleset::{ServerRules, ruleset, ruleset_without_timeouts, table_name};
 use crate::config::NAMESERVERS_MAX;
 use crate::sys::dns;
 use crate::sys::route::{self, Interface, OwnRoute, PROTOCOL_RA, Route, TABLE_MAIN, Way};
@@ -49,6 +49,8 @@ pub enum Step {
         name: String,
         /// The text that makes it.
         ruleset: String,
+        /// The same for a kernel or `nft` that refuses the former.
+        fallback: String,
     },
     /// Replace the resolver's configuration.
     ResolvConf(String),
@@ -206,17 +208,19 @@ pub fn server(host: &Host, tunnel: &Tunnel, network: &ServerNetwork<'_>) -> Vec<
 
     // The rules are in force before the first packet can be forwarded.
     let egress = host.egress(tunnel);
+    let rules = ServerRules {
+        tunnel,
+        pool_v4: network.pool_v4,
+        pool_v6: network.pool_v6,
+        own: [own_v4.into(), own_v6.into()],
+        client_to_client: network.client_to_client,
+        egress_mtu: egress.iter().map(|interface| interface.mtu).min(),
+        listen_ports: network.listen.iter().map(SocketAddr::port).collect(),
+    };
     steps.push(Step::Table {
         name: table_name(&tunnel.name),
-        ruleset: ruleset(&ServerRules {
-            tunnel,
-            pool_v4: network.pool_v4,
-            pool_v6: network.pool_v6,
-            own: [own_v4.into(), own_v6.into()],
-            client_to_client: network.client_to_client,
-            egress_mtu: egress.iter().map(|interface| interface.mtu).min(),
-            listen_ports: network.listen.iter().map(SocketAddr::port).collect(),
-        }),
+        ruleset: ruleset(&rules),
+        fallback: ruleset_without_timeouts(&rules),
     });
 
     // Connection tracking sees nothing while there is no table, as between two runs. What it then takes for out of

@@ -13,6 +13,19 @@ const NAT_PORT_MAX: u16 = u16::MAX;
 const IPV4_TCP_HEADER_BYTES: u32 = 40;
 const IPV6_TCP_HEADER_BYTES: u32 = 60;
 
+/// How long connections to the listeners are tracked in each state, s. What answers at all answers
+/// within a few; an established one has a keepalive far more often, and is taken up again otherwise.
+const TIMEOUTS_S: [(&str, u32); 8] = [
+    ("syn_sent", 10),
+    ("syn_recv", 10),
+    ("established", 600),
+    ("fin_wait", 10),
+    ("close_wait", 10),
+    ("last_ack", 10),
+    ("time_wait", 1),
+    ("close", 1),
+];
+
 /// What the server's rules depend on.
 #[derive(Clone, Debug)]
 pub struct ServerRules<'a> {
@@ -43,8 +56,19 @@ pub fn table_name(interface: &str) -> String {
 
 /// The table, as `nft -f` takes it: it replaces the one that may be there, all at once.
 pub fn ruleset(rules: &ServerRules<'_>) -> String {
+    let timeouts = timeouts(&rules.listen_ports);
+    table(rules, &timeouts)
+}
+
+/// The same for a kernel without CONFIG_NF_CONNTRACK_TIMEOUT.
+pub fn ruleset_without_timeouts(rules: &ServerRules<'_>) -> String {
+    table(rules, "")
+}
+
+fn table(rules: &ServerRules<'_>, timeouts: &str) -> String {
     let name = table_name(&rules.tunnel.name);
     let mut text = format!("table inet {name}\ndelete table inet {name}\ntable inet {name} {{\n");
+    text.push_str(timeouts);
     text.push_str(&chain(
         "prerouting",
         "type filter hook prerouting priority raw",
@@ -71,6 +95,38 @@ fn chain(name: &str, hook: &str, rules: &[String]) -> String {
     }
     text.push_str("\t}\n");
     text
+}
+
+/// Has connection tracking forget connections to the listeners soon after their end.
+///
+/// They are tracked because the peers' connections are. The kernel keeps one that has ended for up
+/// to 120 s, and 262,144 at most: strangers who connect 6,000 times a second would fill that in 44 s,
+/// and no peer could open a connection through the tunnel any more. They are not exempted from
+/// tracking, since many a firewall accepts new connections only (`ct state new tcp dport 443`).
+fn timeouts(listen_ports: &[u16]) -> String {
+    let ports: Vec<String> = listen_ports.iter().map(u16::to_string).collect();
+    if ports.is_empty() {
+        return String::new();
+    }
+    let states: Vec<String> = TIMEOUTS_S
+        .iter()
+        .map(|(state, seconds)| format!("{state}: {seconds}"))
+        .collect();
+    let mut text = String::new();
+    let mut rules = Vec::new();
+    for (family, protocol) in [("ipv4", "ip"), ("ipv6", "ip6")] {
+        let _ = write!(
+            text,
+            "\tct timeout outer-{family} {{\n\t\tprotocol tcp\n\t\tl3proto {protocol}\n\t\tpolicy = {{ {} }}\n\t}}\n",
+            states.join(", ")
+        );
+        rules.push(format!(
+            r#"meta nfproto {family} tcp dport {{ {} }} fib daddr type local ct timeout set "outer-{family}""#,
+            ports.join(", ")
+        ));
+    }
+    let hook = "type filter hook prerouting priority filter";
+    text + &chain("outer", hook, &rules)
 }
 
 /// Out of the tunnel come pool addresses only, and the server's inner addresses are reached through it only.
@@ -177,6 +233,18 @@ mod tests {
     fn only_the_first_interface_has_the_short_name() {
         assert_eq!(table_name("ringtun0"), "ringtun");
         assert_eq!(table_name("rt1"), "ringtun-rt1");
+    }
+
+    #[test]
+    fn ended_connections_to_listeners_are_forgotten() {
+        let text = timeouts(&[443, 80]);
+        for family in ["ipv4", "ipv6"] {
+            let rule =
+                format!("meta nfproto {family} tcp dport {{ 443, 80 }} fib daddr type local");
+            assert!(text.contains(&rule), "{text}");
+        }
+        assert_eq!(text.matches("time_wait: 1,").count(), 2);
+        assert_eq!(timeouts(&[]), "");
     }
 
     fn rules(tunnel: &Tunnel, egress_mtu: u32) -> String {

@@ -146,7 +146,7 @@ pub fn document(instance: &Instance) -> Result<String, QueryError> {
 }
 
 /// Waits until the servers of this network namespace that use `state` know all its peers and no others, if that takes no
-/// longer than [`PEERS_TIMEOUT`]. One that does not answer is not waited for.
+/// longer than two seconds. One that does not answer is not waited for.
 pub fn wait_for_peers(state: &StateDir) {
     let deadline = Instant::now() + PEERS_TIMEOUT;
     let Ok(path) = fs::canonicalize(state.path()) else {
