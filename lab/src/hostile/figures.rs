@@ -1,6 +1,6 @@
 //! What attacks cost an honest peer: samples, medians, goals.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use serde::Serialize;
@@ -148,11 +148,24 @@ impl AttackFigures {
         (!figures.is_empty()).then(|| median(figures))
     }
 
-    /// A median during the attack over that with the sink.
-    fn ratio(&self, figure: impl Fn(&Sample) -> f64 + Copy) -> Option<f64> {
-        let attack = self.median(Condition::Attack, figure)?;
-        let sink = self.median(Condition::Sink, figure)?;
-        (sink > 0.0).then(|| attack / sink)
+    /// A figure during the attack over that with the sink, which was measured right before or
+    /// after it: the median over the rounds. A machine that gets slower or faster meanwhile
+    /// changes both.
+    fn ratio(&self, figure: impl Fn(&Sample) -> f64) -> Option<f64> {
+        let of = |round: u32, condition: Condition| {
+            let mut samples = self.samples.iter();
+            let found = samples.find(|it| it.round == round && it.condition == condition);
+            found.map(&figure)
+        };
+        let rounds: BTreeSet<u32> = self.samples.iter().map(|sample| sample.round).collect();
+        let ratios: Vec<f64> = rounds
+            .into_iter()
+            .filter_map(|round| {
+                let sink = of(round, Condition::Sink).filter(|sink| *sink > 0.0)?;
+                Some(of(round, Condition::Attack)? / sink)
+            })
+            .collect();
+        (!ratios.is_empty()).then(|| median(ratios))
     }
 
     fn rss_peak(&self, condition: Condition) -> Option<f64> {
@@ -502,6 +515,32 @@ mod tests {
             ]
         );
         assert!(whole(figures).has_failed());
+    }
+
+    #[test]
+    fn a_machine_that_gets_slower_is_not_the_attacks_fault() {
+        let mut figures = figures(sample(Condition::Attack, 3_900.0, 1.0));
+        for (round, speed) in [(2, 0.7), (3, 0.5)] {
+            for (condition, megabits_per_second) in
+                [(Condition::Sink, 4_000.0), (Condition::Attack, 3_800.0)]
+            {
+                figures.samples.push(Sample {
+                    round,
+                    ..sample(condition, speed * megabits_per_second, 1.0)
+                });
+            }
+        }
+        // Of this round there is the attack alone.
+        figures.samples.push(Sample {
+            round: 4,
+            ..sample(Condition::Attack, 100.0, 9.0)
+        });
+        assert_eq!(missed(&figures), [""; 0]);
+        let ratio = figures.ratio(|sample| sample.down.megabits_per_second);
+        assert!(
+            ratio.is_some_and(|ratio| (ratio - 0.95).abs() < 1e-9),
+            "{ratio:?}"
+        );
     }
 
     #[test]
